@@ -1,0 +1,290 @@
+"""The frozen language model: a Llama-family decoder, cut in two where the memory begins.
+
+The **prefix** reads a question without any memory; the **suffix** (the last M layers) may carry an adapter. Parameters
+are plain pytrees, applied by Flax Linen; the layers of each part are scanned, so that 32 layers compile like one.
+
+Letters: B sequences, T tokens, S cached tokens, D width, H heads, G key-value heads, W head width, V vocabulary,
+I and O the input and output width of a linear layer, K the rank of an adapter.
+"""
+
+import dataclasses
+import functools
+import json
+import pathlib
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from lamini_jax.config import BackboneConfig
+from lamini_jax.errors import UserError
+
+Params = Any
+Cache = Any  # {"keys_LBSGW", "values_LBSGW"} of one part
+
+
+class LowRank(NamedTuple):
+    """A low-rank term beside one linear layer: y = W x + up^T (down x). One for the batch (KI, KO) or one each (BKI, BKO)."""
+
+    down: jax.Array
+    up: jax.Array
+
+
+Adapter = dict[str, LowRank]  # by the name of the linear layer, every leaf with a leading axis over the part's layers
+
+LINEAR_LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+def linear_shapes(config: BackboneConfig) -> dict[str, tuple[int, int]]:
+    """Input and output width of every linear layer of a block."""
+    c = config
+    heads, kv_heads = c.num_heads * c.head_width, c.num_kv_heads * c.head_width
+    widths = (
+        (c.width, heads),
+        (c.width, kv_heads),
+        (c.width, kv_heads),
+        (heads, c.width),
+        (c.width, c.mlp_width),
+        (c.width, c.mlp_width),
+        (c.mlp_width, c.width),
+    )
+    return dict(zip(LINEAR_LAYERS, widths, strict=True))
+
+
+class Linear(nn.Module):
+    """A weight matrix: operands in `dtype`, sums in float32."""
+
+    shape: tuple[int, int]
+    dtype: str
+
+    @nn.compact
+    def __call__(self, x_BTI):
+        weight_IO = self.param("weight", nn.initializers.variance_scaling(1.0, "fan_in", "normal"), self.shape)
+        return project(x_BTI, weight_IO, self.dtype)
+
+
+def contract(equation: str, x, y, dtype: str):
+    """An einsum in `dtype` with float32 sums; float32 is never rounded to less (GPUs and TPUs would)."""
+    precision = jax.lax.Precision.HIGHEST if dtype == "float32" else None
+    return jnp.einsum(
+        equation, x.astype(dtype), y.astype(dtype), precision=precision, preferred_element_type=jnp.float32
+    )
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def project(x_BTI, weight_IO, dtype: str):
+    """A linear layer. Its weight's gradient is summed sequence by sequence.
+
+    Left to itself, XLA's CPU backend transposes the whole batch inside a fused loop, which takes half of a training step.
+    """
+    return contract("BTI,IO->BTO", x_BTI, weight_IO, dtype)
+
+
+def _project_forward(x_BTI, weight_IO, dtype):
+    return project(x_BTI, weight_IO, dtype), (x_BTI, weight_IO)
+
+
+def _project_backward(dtype, saved, gradient_BTO):
+    x_BTI, weight_IO = saved
+    weight_BIO = contract("BTI,BTO->BIO", x_BTI, gradient_BTO, dtype)
+    return contract("BTO,IO->BTI", gradient_BTO, weight_IO, dtype), weight_BIO.sum(axis=0)
+
+
+project.defvjp(_project_forward, _project_backward)
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square normalization with a learned scale, in float32."""
+
+    eps: float
+
+    @nn.compact
+    def __call__(self, x_BTD):
+        scale_D = self.param("scale", nn.initializers.ones, x_BTD.shape[-1:])
+        mean_square = jnp.mean(jnp.square(x_BTD), axis=-1, keepdims=True)
+        return x_BTD * jax.lax.rsqrt(mean_square + self.eps) * scale_D[None, None]
+
+
+def rotate(x_BTHW, positions_BT, theta: float):
+    """Rotary positions: each pair (i, i + W/2) turns by position * theta^(-2i/W) (arXiv 2104.09864)."""
+    half = x_BTHW.shape[-1] // 2
+    frequencies = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    angles_BT1F = positions_BT[:, :, None, None].astype(jnp.float32) * frequencies[None, None, None]
+    cos, sin = jnp.cos(angles_BT1F), jnp.sin(angles_BT1F)
+    first, second = x_BTHW[..., :half], x_BTHW[..., half:]
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+
+
+def attend(q_BTHW, k_BSGW, v_BSGW, mask_BTS, dtype: str):
+    """Masked softmax attention, heads side by side in the result: (B, T, H * W)."""
+    B, T, H, W = q_BTHW.shape
+    G, S = k_BSGW.shape[2], k_BSGW.shape[1]
+    # X is the query heads of one key-value head, times T. With batch axes first and two axes in each product, every
+    # compiler makes one batched matrix product of it; XLA's CPU backend is five times slower at the five-axis einsum.
+    q_BGXW = q_BTHW.transpose(0, 2, 1, 3).reshape(B, G, -1, W)
+    scores_BGXS = contract("BGXW,BGSW->BGXS", q_BGXW, k_BSGW.transpose(0, 2, 1, 3), dtype)
+    scores_BHTS = jnp.where(mask_BTS[:, None], scores_BGXS.reshape(B, H, T, S), jnp.finfo(jnp.float32).min)
+    weights_BGXS = jax.nn.softmax(scores_BHTS).reshape(B, G, -1, S)
+    mixed_BGXW = contract("BGXS,BGSW->BGXW", weights_BGXS, v_BSGW.transpose(0, 2, 1, 3), dtype)
+    return mixed_BGXW.reshape(B, H, T, W).transpose(0, 2, 1, 3).reshape(B, T, -1)
+
+
+class Block(nn.Module):
+    """Attention and MLP, each after a norm and around a residual. `adapter` may add to any of the linear layers."""
+
+    config: BackboneConfig
+
+    @nn.compact
+    def __call__(self, x_BTD, positions_BT, mask_BTS, cache, adapter):
+        c = self.config
+        shapes = linear_shapes(c)
+
+        def linear(name, x_BTI):
+            y_BTO = Linear(shapes[name], c.dtype, name=name)(x_BTI)
+            if adapter and name in adapter:
+                down, up = adapter[name]
+                each = "B" if down.ndim == 3 else ""
+                hidden_BTK = contract(f"BTI,{each}KI->BTK", x_BTI, down, c.dtype)
+                y_BTO = y_BTO + contract(f"BTK,{each}KO->BTO", hidden_BTK, up, c.dtype)
+            return y_BTO
+
+        def heads(x_BTO):
+            return x_BTO.reshape(*x_BTO.shape[:2], -1, c.head_width)
+
+        with jax.named_scope("attention"):
+            h_BTD = RMSNorm(c.norm_eps, name="attention_norm")(x_BTD)
+            q_BTHW = rotate(heads(linear("q_proj", h_BTD)), positions_BT, c.rope_theta)
+            k_BSGW = rotate(heads(linear("k_proj", h_BTD)), positions_BT, c.rope_theta)
+            v_BSGW = heads(linear("v_proj", h_BTD))
+            if cache is not None:
+                rows_B1 = jnp.arange(x_BTD.shape[0])[:, None]
+                k_BSGW = cache["keys"].at[rows_B1, positions_BT].set(k_BSGW.astype(cache["keys"].dtype))
+                v_BSGW = cache["values"].at[rows_B1, positions_BT].set(v_BSGW.astype(cache["values"].dtype))
+                cache = {"keys": k_BSGW, "values": v_BSGW}
+            mixed_BTO = attend(q_BTHW * c.head_width**-0.5, k_BSGW, v_BSGW, mask_BTS, c.dtype)
+            x_BTD = x_BTD + linear("o_proj", mixed_BTO)
+        with jax.named_scope("mlp"):
+            h_BTD = RMSNorm(c.norm_eps, name="mlp_norm")(x_BTD)
+            h_BTF = jax.nn.silu(linear("gate_proj", h_BTD)) * linear("up_proj", h_BTD)
+            x_BTD = x_BTD + linear("down_proj", h_BTF)
+        return x_BTD, cache
+
+
+class Decoder(nn.Module):
+    """The whole model; `prefix` and `suffix` are its two parts, `logits` its end."""
+
+    config: BackboneConfig
+    memory_layers: int
+
+    def setup(self):
+        c = self.config
+        self.embedding = self.param("embedding", nn.initializers.normal(c.width**-0.5), (c.vocab_size, c.width))
+        layers = {"variable_axes": {"params": 0}, "split_rngs": {"params": True}}
+        layers["in_axes"] = (nn.broadcast, nn.broadcast, 0, 0)
+        self.prefix_layers = nn.scan(Block, **layers, length=c.num_layers - self.memory_layers)(c)
+        self.suffix_layers = nn.scan(Block, **layers, length=self.memory_layers)(c)
+        self.final_norm = RMSNorm(c.norm_eps)
+        if not c.tied_embeddings:
+            self.unembedding = Linear((c.width, c.vocab_size), c.dtype)
+
+    def prefix(self, tokens_BT, positions_BT, mask_BTS, cache=None, adapter=None):
+        return self.prefix_layers(self.embedding[tokens_BT], positions_BT, mask_BTS, cache, adapter)
+
+    def suffix(self, hidden_BTD, positions_BT, mask_BTS, cache=None, adapter=None):
+        hidden_BTD, cache = self.suffix_layers(hidden_BTD, positions_BT, mask_BTS, cache, adapter)
+        return self.final_norm(hidden_BTD), cache
+
+    def unembed(self, hidden_BTD):
+        if self.config.tied_embeddings:
+            return contract("BTD,VD->BTV", hidden_BTD, self.embedding, self.config.dtype)
+        return self.unembedding(hidden_BTD)
+
+    def __call__(self, tokens_BT):
+        positions_BT, mask_BTS = _positions(tokens_BT, None, None)
+        hidden_BTD, _ = self.prefix(tokens_BT, positions_BT, mask_BTS)
+        hidden_BTD, _ = self.suffix(hidden_BTD, positions_BT, mask_BTS)
+        return self.unembed(hidden_BTD)
+
+
+def _positions(x_BT, positions_BT, cache):
+    """Positions (0, 1, ... unless given) and mask_BTS: a token sees the slots up to its own position."""
+    if positions_BT is None:
+        positions_BT = jnp.broadcast_to(jnp.arange(x_BT.shape[1]), x_BT.shape[:2])
+    length = x_BT.shape[1] if cache is None else cache["keys"].shape[2]
+    return positions_BT, jnp.arange(length)[None, None, :] <= positions_BT[:, :, None]
+
+
+def init(decoder: Decoder, key: jax.Array) -> Params:
+    """Random parameters, cut as `decoder` is."""
+    return decoder.init(key, jnp.zeros((1, 1), jnp.int32))["params"]
+
+
+def prefix(decoder: Decoder, params: Params, tokens_BT, positions_BT=None, cache: Cache = None, adapter=None):
+    """The frozen reading: hidden_BTD at the input of the first memory layer, and the cache with these tokens written."""
+    positions_BT, mask_BTS = _positions(tokens_BT, positions_BT, cache)
+    return decoder.apply({"params": params}, tokens_BT, positions_BT, mask_BTS, cache, adapter, method="prefix")
+
+
+def suffix(decoder: Decoder, params: Params, hidden_BTD, positions_BT=None, cache: Cache = None, adapter=None):
+    """The memory layers: the normed hidden_BTD that `unembed` takes, and the cache with these tokens written."""
+    positions_BT, mask_BTS = _positions(hidden_BTD, positions_BT, cache)
+    return decoder.apply({"params": params}, hidden_BTD, positions_BT, mask_BTS, cache, adapter, method="suffix")
+
+
+def unembed(decoder: Decoder, params: Params, hidden_BTD):
+    """logits_BTV in float32."""
+    return decoder.apply({"params": params}, hidden_BTD, method="unembed")
+
+
+def empty_cache(config: BackboneConfig, num_layers: int, batch: int, length: int) -> Cache:
+    """Room for `length` tokens of `batch` sequences in `num_layers` layers."""
+    shape = (num_layers, batch, length, config.num_kv_heads, config.head_width)
+    return {"keys": jnp.zeros(shape, config.dtype), "values": jnp.zeros(shape, config.dtype)}
+
+
+def cut(params: Params, memory_layers: int) -> Params:
+    """Whole parameters (one stack of `layers`) cut into prefix and suffix."""
+    params = dict(params)
+    layers = params.pop("layers")
+    params["prefix_layers"] = jax.tree.map(lambda x: x[: x.shape[0] - memory_layers], layers)
+    params["suffix_layers"] = jax.tree.map(lambda x: x[x.shape[0] - memory_layers :], layers)
+    return params
+
+
+def join(params: Params) -> Params:
+    """The inverse of `cut`."""
+    params = dict(params)
+    parts = params.pop("prefix_layers"), params.pop("suffix_layers")
+    return {**params, "layers": jax.tree.map(lambda a, b: jnp.concatenate([a, b]), *parts)}
+
+
+def logits(config: BackboneConfig, params: Params, tokens_BT) -> jax.Array:
+    """logits_BTV (float32) of the plain model; `params` whole, tokens right-padded."""
+    return Decoder(config, 1).apply({"params": cut(params, 1)}, tokens_BT)
+
+
+def save(path: str, config: BackboneConfig, params: Params) -> None:
+    """Writes whole parameters and their config as one safetensors file."""
+    flat = {"/".join(k): np.asarray(v) for k, v in flatten_dict(params).items()}
+    save_file(flat, path, metadata={"backbone": json.dumps(dataclasses.asdict(config))})
+
+
+def load(path: str) -> tuple[BackboneConfig, Params]:
+    """What `save` wrote. Raises UserError if the file is missing or is none of ours."""
+    try:
+        with safe_open(path, framework="numpy") as file:
+            config = BackboneConfig(**json.loads(file.metadata()["backbone"]))
+            flat = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+    except (OSError, SafetensorError, TypeError, KeyError) as error:
+        raise UserError(f"{path}: is not a backbone saved by lamini_jax ({error})") from error
+    return config, unflatten_dict({tuple(name.split("/")): value for name, value in flat.items()})
+
+
+def shipped() -> tuple[BackboneConfig, Params]:
+    """The tiny byte-level backbone inside the package, made by `experiments/pretrain_backbone.py`."""
+    return load(str(pathlib.Path(__file__).parent / "weights" / "tiny.safetensors"))

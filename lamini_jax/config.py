@@ -1,0 +1,168 @@
+"""Every number that a run depends on, as frozen dataclasses, and the presets that name useful sets of them.
+
+A config file (`experiments/configs/*.py`) defines `get_config()`, which returns `to_config_dict(some_preset())`;
+the command line overrides single fields of it (`--config.memory.num_experts=65536`), and `from_config_dict` turns
+the result back into the frozen, checked form that the rest of the package takes.
+"""
+
+import dataclasses
+import math
+from typing import Any
+
+import ml_collections
+
+from lamini_jax.errors import UserError
+
+# A token whose loss is below this has a probability above 1/2, so greedy decoding must choose it.
+CERTIFIED_LOSS = math.log(2)
+# The same in bfloat16, whose logits near 16 to 32 are 0.125 apart: a logit margin of 0.25.
+CERTIFIED_LOSS_BFLOAT16 = 0.576
+
+TARGETS = ("o_proj", "down_proj")
+
+
+@dataclasses.dataclass(frozen=True)
+class BackboneConfig:
+    """A Llama-family decoder: RMSNorm, rotary positions, grouped-query attention, SwiGLU."""
+
+    vocab_size: int = 256
+    num_layers: int = 4
+    width: int = 128
+    num_heads: int = 4
+    num_kv_heads: int = 2
+    head_width: int = 32
+    mlp_width: int = 384
+    context: int = 256
+    rope_theta: float = 10_000.0
+    norm_eps: float = 1e-5
+    tied_embeddings: bool = True
+    dtype: str = "float32"  # of the multiplications; sums are float32 always
+
+
+@dataclasses.dataclass(frozen=True)
+class MemoryConfig:
+    """N experts, K of them selected per question, each a rank-1 LoRA on `target` in the last `layers` layers."""
+
+    num_experts: int = 2**20
+    selected: int = 32
+    layers: int = 2
+    target: str = "down_proj"
+
+
+@dataclasses.dataclass(frozen=True)
+class RouterConfig:
+    """How a question becomes a query and a query becomes experts."""
+
+    lookup: str = "exact"
+    key_width: int = 64
+    ridge: float = 1e-3  # of the whitening, relative to the largest variance
+    learning_rate: float = 1e-3  # of the one epoch in which the query projection is trained
+    calibration: int = 4096  # questions of the generated world that whiten and train, beside the facts' own
+
+
+@dataclasses.dataclass(frozen=True)
+class TuningConfig:
+    """Memory tuning: the optimizer of the selected rows, and the budget."""
+
+    optimizer: str = "adafactor"
+    learning_rate: float = 3e-2
+    epochs: int = 100
+    batch_size: int = 32
+
+
+@dataclasses.dataclass(frozen=True)
+class LoraConfig:
+    """The baseline of the paper (appendix A): one LoRA of this rank on every linear layer."""
+
+    rank: int = 32
+    optimizer: str = "adafactor"
+    learning_rate: float = 2e-4
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """Which facts a study tunes on."""
+
+    facts: str = "world"  # world, phone_book or truthful_qa
+    count: int = 128
+    dir: str = ""  # where the files of truthful_qa are; empty: downloaded
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """A whole experiment."""
+
+    backbone: BackboneConfig = BackboneConfig()
+    memory: MemoryConfig = MemoryConfig()
+    router: RouterConfig = RouterConfig()
+    tuning: TuningConfig = TuningConfig()
+    lora: LoraConfig = LoraConfig()
+    data: DataConfig = DataConfig()
+    seed: int = 0
+
+
+def paper_memory(**overrides: Any) -> MemoryConfig:
+    """The paper's memory: 32 experts of a million (section 7.1)."""
+    return MemoryConfig(**{"num_experts": 2**20, "selected": 32, **overrides})
+
+
+def product_memory(**overrides: Any) -> MemoryConfig:
+    """The memory of Lamini's product, as its documentation describes it: 2 experts of 65,536."""
+    return MemoryConfig(**{"num_experts": 2**16, "selected": 2, **overrides})
+
+
+def tiny() -> Config:
+    """The backbone that ships with the package, with the paper's memory."""
+    return Config(memory=paper_memory())
+
+
+def to_config_dict(config: Config) -> ml_collections.ConfigDict:
+    """The form that absl's config flags can override."""
+    return ml_collections.ConfigDict(dataclasses.asdict(config))
+
+
+def from_config_dict(values: Any) -> Config:
+    """The frozen form of a ConfigDict or of a saved config's JSON. Raises UserError if it makes no sense."""
+    config = _build(Config, dict(values), "config")
+    _check(config)
+    return config
+
+
+def _build(cls, values, path):
+    fields = {field.name: field for field in dataclasses.fields(cls)}
+    for name in values:
+        if name not in fields:
+            raise UserError(f"{path}.{name}: no such field; {path} has {', '.join(fields)}")
+    kwargs = {}
+    for name, value in values.items():
+        kind = fields[name].type
+        kwargs[name] = _build(kind, dict(value), f"{path}.{name}") if dataclasses.is_dataclass(kind) else kind(value)
+    return cls(**kwargs)
+
+
+def _check(config: Config) -> None:
+    backbone, memory = config.backbone, config.memory
+    checks = (
+        (memory.num_experts >= 1, "memory.num_experts", "must be at least 1"),
+        (1 <= memory.selected <= memory.num_experts, "memory.selected", "must be between 1 and memory.num_experts"),
+        (memory.target in TARGETS, "memory.target", f"must be one of {', '.join(TARGETS)}"),
+        (1 <= memory.layers <= backbone.num_layers, "memory.layers", "must be between 1 and backbone.num_layers"),
+        (backbone.num_heads % backbone.num_kv_heads == 0, "backbone.num_kv_heads", "must divide backbone.num_heads"),
+        (backbone.dtype in ("float32", "bfloat16"), "backbone.dtype", "must be float32 or bfloat16"),
+        (config.tuning.epochs >= 1, "tuning.epochs", "must be at least 1"),
+        (config.tuning.batch_size >= 1, "tuning.batch_size", "must be at least 1"),
+        (config.data.count >= 1, "data.count", "must be at least 1"),
+        (config.lora.rank >= 1, "lora.rank", "must be at least 1"),
+        (config.seed >= 0, "seed", "must not be negative"),
+    )
+    for holds, name, rule in checks:
+        if not holds:
+            value = config
+            for part in name.split("."):
+                value = getattr(value, part)
+            raise UserError(f"--config.{name}={value}: {rule}")
+
+
+def get_config() -> ml_collections.ConfigDict:
+    """This file is a config file too: the one that commands take when no `--config` is given."""
+    return to_config_dict(tiny())
