@@ -29,7 +29,7 @@ Cache = Any  # {"keys_LBSGW", "values_LBSGW"} of one part
 
 
 class LowRank(NamedTuple):
-    """A low-rank term beside one linear layer: y = W x + up^T (down x). One for the batch (KI, KO) or one each (BKI, BKO)."""
+    """A low-rank term beside a linear layer: W x + up^T (down x). One for the batch (KI, KO) or one each (BKI, BKO)."""
 
     down: jax.Array
     up: jax.Array
@@ -80,7 +80,7 @@ def contract(equation: str, x, y, dtype: str):
 def project(x_BTI, weight_IO, dtype: str):
     """A linear layer. Its weight's gradient is summed sequence by sequence.
 
-    Left to itself, XLA's CPU backend transposes the whole batch inside a fused loop, which takes half of a training step.
+    Left to itself, XLA's CPU backend transposes the whole batch inside a fused loop: a third of a training step.
     """
     return contract("BTI,IO->BTO", x_BTI, weight_IO, dtype)
 
@@ -225,7 +225,7 @@ def init(decoder: Decoder, key: jax.Array) -> Params:
 
 
 def prefix(decoder: Decoder, params: Params, tokens_BT, positions_BT=None, cache: Cache = None, adapter=None):
-    """The frozen reading: hidden_BTD at the input of the first memory layer, and the cache with these tokens written."""
+    """The frozen reading: hidden_BTD at the input of the first memory layer, and the cache with these tokens in it."""
     positions_BT, mask_BTS = _positions(tokens_BT, positions_BT, cache)
     return decoder.apply({"params": params}, tokens_BT, positions_BT, mask_BTS, cache, adapter, method="prefix")
 

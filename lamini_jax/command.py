@@ -17,8 +17,10 @@ lines or a traceback.
 
 import dataclasses
 import difflib
+import importlib.metadata
 import json
 import os
+import platform
 import re
 import secrets
 import sys
@@ -72,14 +74,29 @@ def run(main: Callable[[], int | None]) -> None:
 
 def write_json(path: str | os.PathLike, value: Any) -> None:
     """Writes `value` to a file that is never seen half-written. Raises ValueError for NaN and infinities."""
+    write_text(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
+
+
+def write_text(path: str | os.PathLike, text: str) -> None:
+    """Writes a file that is never seen half-written. Raises UserError if it cannot be written."""
     path = Path(path)
-    text = json.dumps(value, indent=1, allow_nan=False) + "\n"
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
         temporary.write_text(text)
         os.replace(temporary, path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror})") from None
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def environment() -> dict[str, str]:
+    """What figures depend on beside the code: machine, devices and versions."""
+    import jax  # here, because commands that fail on their flags should fail fast
+
+    versions = {name: importlib.metadata.version(name) for name in ("jax", "flax", "optax", "numpy")}
+    devices = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
+    return {"machine": f"{platform.machine()}, {os.cpu_count()} cores", "devices": devices, **versions}
 
 
 def open_workdir(workdir: str, identity: Mapping[str, Any]) -> Path:

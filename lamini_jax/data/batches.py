@@ -10,9 +10,12 @@ import numpy as np
 
 from lamini_jax.data.facts import Fact
 
-MAX_SHAPES = 4
+MAX_SHAPES = 2
 # Two buckets become one where that pads less than this share of all tokens: cheaper than another compilation.
-_WORTH_PADDING = 0.05
+_WORTH_PADDING = 0.15
+# The lengths of prompts do not depend on which questions stand together: a fact must select the same experts when it is
+# tuned and when it is asked for, and sums over another length are rounded otherwise.
+PROMPT_LENGTHS = (64, 128, 256)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,45 +53,57 @@ def encode(facts: Sequence[Fact], tokenizer, multiple: int = 16) -> list[Example
     prompts = [tokenizer.prompt(fact.question) for fact in facts]
     sequences = [prompt + tokenizer.completion(fact.answer) for prompt, fact in zip(prompts, facts, strict=True)]
     prompt_lengths = np.array([len(prompt) for prompt in prompts], np.int32)
+    widths = _bucket_widths(np.array([len(sequence) for sequence in sequences]), multiple)
     return [
         Examples(tokens_FT, prompt_lengths[index_F], length_F, index_F)
-        for tokens_FT, length_F, index_F in _buckets(sequences, tokenizer.pad_id, multiple)
+        for tokens_FT, length_F, index_F in _buckets(sequences, widths, tokenizer.pad_id)
     ]
 
 
-def prompts(questions: Sequence[str], tokenizer, multiple: int = 16) -> list[Prompts]:
-    """The prompts of some questions, in buckets like those of `encode`."""
+def prompts(questions: Sequence[str], tokenizer) -> list[Prompts]:
+    """The prompts of some questions, in buckets of PROMPT_LENGTHS (then its doubles)."""
     sequences = [tokenizer.prompt(question) for question in questions]
-    return [Prompts(*bucket) for bucket in _buckets(sequences, tokenizer.pad_id, multiple)]
+    widths = list(PROMPT_LENGTHS)
+    while widths[-1] < max(map(len, sequences)):
+        widths.append(2 * widths[-1])
+    return [Prompts(*bucket) for bucket in _buckets(sequences, widths, tokenizer.pad_id)]
 
 
 def epoch_batches(
-    examples: Sequence[Examples], batch_size: int, seed: int, epoch: int
+    examples: Sequence[Examples], batch_size: int, seed: int, epoch: int, active: np.ndarray | None = None
 ) -> Iterator[tuple[int, np.ndarray]]:
     """Each fact once, in an order that (seed, epoch) alone decide: the number of a bucket and `rows_B` of it.
 
-    Buckets are mixed. Rows of -1 fill the last batch of each.
+    Buckets are mixed. Rows of -1 fill the last batch of each. `active` (one bool per fact) leaves some facts out.
     """
     rng = np.random.default_rng((seed, epoch))
     batches = []
     for bucket, facts in enumerate(examples):
-        count = len(facts.index_F)
-        rows = np.full(-(-count // batch_size) * batch_size, -1, np.int32)
-        rows[:count] = rng.permutation(count)
+        order = rng.permutation(len(facts.index_F))
+        if active is not None:
+            order = order[active[facts.index_F[order]]]
+        rows = np.full(-(-order.size // batch_size) * batch_size, -1, np.int32)
+        rows[: order.size] = order
         batches.extend((bucket, rows_B) for rows_B in rows.reshape(-1, batch_size))
     return (batches[i] for i in rng.permutation(len(batches)))
 
 
+def in_order(count: int, batch_size: int) -> Iterator[np.ndarray]:
+    """`rows_B` of 0 to count - 1, in order; rows of -1 fill the last batch."""
+    rows = np.full(-(-count // batch_size) * batch_size, -1, np.int32)
+    rows[:count] = np.arange(count)
+    return iter(rows.reshape(-1, batch_size))
+
+
 def _buckets(
-    sequences: list[list[int]], pad_id: int, multiple: int
+    sequences: list[list[int]], widths: list[int], pad_id: int
 ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """Padded tokens, lengths and places in the list, for each bucket."""
+    """Padded tokens, lengths and places in the list, for each width that some sequence needs."""
     lengths = np.array([len(sequence) for sequence in sequences], np.int32)
-    widths = _bucket_widths(lengths, multiple)
     buckets = np.searchsorted(widths, lengths)
-    for bucket, width in enumerate(widths):
+    for bucket in np.unique(buckets):
         index_F = np.flatnonzero(buckets == bucket).astype(np.int32)
-        tokens_FT = np.full((index_F.size, width), pad_id, np.int32)
+        tokens_FT = np.full((index_F.size, widths[bucket]), pad_id, np.int32)
         for row_T, index in zip(tokens_FT, index_F, strict=True):
             row_T[: lengths[index]] = sequences[index]
         yield tokens_FT, lengths[index_F], index_F

@@ -82,11 +82,17 @@ def read_questions(path: str, tokenizer, context: int) -> list[dict[str, Any]]:
     for number, record in _records(path, '{"question": "..."}'):
         where = f"{path}, line {number}"
         question = _text(record, "question", where)
-        _check_length(len(tokenizer.prompt(question)), context - 1, "the question", where)
+        check_question(question, tokenizer, context, where)
         objects.append(record)
     if not objects:
         raise UserError(f'{path}: has no questions; write one per line, like {{"question": "..."}}')
     return objects
+
+
+def check_question(question: str, tokenizer, context: int, where: str) -> None:
+    """Raises UserError, naming `where` it stands, for a question that is empty or leaves no room for an answer."""
+    _text({"question": question}, "question", where)
+    _check_length(len(tokenizer.prompt(question)), context - 1, "the question", where)
 
 
 def load(name: str, answers: str, count: int, seed: int, directory: str) -> list[Fact]:
@@ -94,6 +100,14 @@ def load(name: str, answers: str, count: int, seed: int, directory: str) -> list
 
     phone_book has its own digits for both. Raises UserError, with the flag, for values that make no sense.
     """
+    facts = load_up_to(name, answers, count, seed, directory)
+    if len(facts) < count:
+        raise UserError(f"--config.data.count={count}: {name} has {len(facts)} facts; ask for no more")
+    return facts
+
+
+def load_up_to(name: str, answers: str, count: int, seed: int, directory: str) -> list[Fact]:
+    """Like `load`, but all facts of a dataset that has fewer."""
     if name not in DATASETS:
         raise UserError(f"--config.data.facts={name}: must be one of {', '.join(DATASETS)}")
     if answers not in ANSWERS:
@@ -109,10 +123,7 @@ def load(name: str, answers: str, count: int, seed: int, directory: str) -> list
         dataset = builders.phone_book(count, seed)
     else:
         dataset = builders.truthful_qa(answers, seed, directory)
-    available = builders.size(dataset)
-    if count > available:
-        raise UserError(f"--config.data.count={count}: {name} has {available} facts; ask for no more")
-    return [Fact(**row) for row in builders.rows(dataset, count)]
+    return [Fact(**row) for row in builders.rows(dataset, min(count, builders.size(dataset)))]
 
 
 def _records(path: str, example: str) -> Iterator[tuple[int, dict[str, Any]]]:

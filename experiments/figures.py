@@ -1,0 +1,49 @@
+"""The pictures of the experiments, and the paper's points that are laid over them."""
+
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+
+from matplotlib import pyplot as plt  # noqa: E402 (after the backend that needs no screen)
+
+# Read off the paper's figures: epoch -> loss. Its model is Llama 3 8B, so that the shape compares and not the height.
+PAPER = {
+    "Figure 1": {
+        "true": {10: 0.85, 20: 0.40, 30: 0.11, 40: 0.075, 60: 0.055, 80: 0.05, 100: 0.04},
+        "random": {10: 0.71, 20: 0.38, 30: 0.14, 40: 0.065, 60: 0.05, 80: 0.045, 100: 0.035},
+    },
+    "Figure 5": {
+        "true": {10: 11, 20: 5.6, 30: 3.0, 40: 1.3, 50: 0.5, 60: 0.25, 80: 0.05, 100: 0.02},
+        "random": {10: 11, 20: 6.0, 30: 2.8, 40: 1.1, 50: 0.5, 60: 0.25, 80: 0.05, 100: 0.02},
+    },
+}
+COLOURS = {"true": "tab:blue", "random": "tab:orange"}
+
+
+def randomization(results: dict, path: Path) -> None:
+    """Loss against epoch: LoRA as in Figure 1, memory experts as in Figure 5, the paper's points beside each."""
+    panels = {"Figure 1": ("LoRA", ["lora"]), "Figure 5": ("memory experts", ["mome_down_proj", "mome_o_proj"])}
+    figure, axes = plt.subplots(1, 2, figsize=(12, 4.5), layout="constrained")
+    for axis, (title, (label, methods)) in zip(axes, panels.items(), strict=True):
+        for answers, colour in COLOURS.items():
+            for method, style in zip(methods, ("-", "--"), strict=False):
+                losses = results["runs"][f"{method}/{answers}"]["loss"]
+                name = method.removeprefix("mome_") if len(methods) > 1 else label
+                axis.plot(range(1, len(losses) + 1), losses, style, color=colour, label=f"{name}, {answers} answers")
+            points = PAPER[title][answers]
+            marker = {"true": "o", "random": "^"}[answers]
+            axis.plot(
+                list(points), list(points.values()), marker, color=colour, mfc="none", label=f"paper, {answers} answers"
+            )
+        axis.set(title=f"{title}: {label}", xlabel="epoch", ylabel="loss (nats per answer token)", yscale="log")
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize="small")
+    facts, memory = results["facts"], results["memory"]
+    figure.suptitle(
+        f"{facts['count']} facts memorized, {memory['selected']} of {memory['num_experts']:,} experts each "
+        "(the paper's points: Llama 3 8B)"
+    )
+    figure.savefig(path, dpi=120)
+    plt.close(figure)

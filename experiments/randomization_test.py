@@ -1,0 +1,156 @@
+"""The paper's random-answer study: Figures 1 and 5, and the first part of Table 1.
+
+    python -m experiments.randomization_test --workdir=runs/randomization_test
+
+The same facts are memorized six times: by LoRA, by memory experts on the attention's output projection and by memory
+experts on the MLP's, each with true answers and with answers of 32 random letters and digits. Then every fact is asked
+for, by free-running greedy decoding, and so are questions that no run was tuned on: `heldout`, of kinds that no fact
+belongs to, and `neighbour`, of the facts' own kinds. A killed study continues with the run that it was in.
+"""
+
+import dataclasses
+import json
+import statistics
+import time
+
+import jax
+from absl import flags
+
+from experiments import figures
+from lamini_jax import bank, command, model, recall, router, runs
+from lamini_jax.config import Config, from_config_dict
+from lamini_jax.data import facts as facts_lib
+from lamini_jax.data import world
+
+_CONFIG = command.define_config()
+_WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the study.", required=True)
+
+METHODS = {"lora": None, "mome_o_proj": "o_proj", "mome_down_proj": "down_proj"}
+RUNS = [f"{method}/{answers}" for method in METHODS for answers in facts_lib.ANSWERS]
+# Of each set of questions that nothing was tuned on.
+NUM_QUESTIONS = 400
+
+
+def questions_asked(config: Config) -> dict[str, list]:
+    """The two sets of untuned questions, with their true answers."""
+    count, data = config.data.count, config.data
+    kinds = [kind for kind in world.KINDS if data.facts != "world" or kind not in world.FACT_KINDS]
+    share = -(-NUM_QUESTIONS // len(kinds))
+    heldout = [qa for kind in kinds for qa in world.held_out(kind, share, config.seed)]
+    more = facts_lib.load_up_to(data.facts, "true", count + NUM_QUESTIONS, config.seed, data.dir)
+    return {"heldout": heldout, "neighbour": more[count:]}
+
+
+def accuracies(base: model.Base, speak: recall.Speaker, questions: dict[str, list]) -> dict:
+    """Share of each set that is answered exactly, with its 95% interval; no share of an empty set."""
+    result = {}
+    for name, qas in questions.items():
+        right = sum(recall.accuracy(base, speak, qas)) if qas else 0
+        result[f"{name}_accuracy"] = right / len(qas) if qas else None
+        result[f"{name}_interval"] = recall.wilson(right, len(qas)) if qas else None
+    return result
+
+
+def one_run(name: str, config: Config, base: model.Base, routing: router.Router, facts, questions, directory) -> dict:
+    """Tunes, asks for every fact and for the untuned questions."""
+    method, _ = name.split("/")
+    title = f"run {RUNS.index(name) + 1} of {len(RUNS)}, {name}"
+    if METHODS[method] is None:
+        tuned = runs.tune_lora(config, base, facts, directory, title)
+    else:
+        memory = dataclasses.replace(config.memory, target=METHODS[method])
+        config = dataclasses.replace(config, memory=memory)
+        tuned = runs.tune_memory(config, base, lambda: routing, facts, directory, title)
+    exact_F, generated = runs.recalled(base, tuned.speak, facts)
+    log = tuned.log
+    return {
+        "loss": log.loss,
+        "final_loss": log.loss[-1],
+        "recall": float(exact_F.mean()),
+        "certified": float(tuned.certified_F.mean()),
+        "certified_but_not_recalled": int((tuned.certified_F & ~exact_F).sum()),
+        "epochs_to_full_recall": log.full_recall,
+        "seconds_per_epoch": statistics.median(log.seconds[1:] or log.seconds),
+        **accuracies(base, tuned.speak, questions),
+        "sample": {"question": facts[0].question, "answer": facts[0].answer, "generated": generated[0]},
+    }
+
+
+def table(results: dict) -> str:
+    """The results as text."""
+
+    def share(value):
+        return "-" if value is None else f"{100 * value:.1f}%"
+
+    def interval(run):
+        return f"{share(run['heldout_accuracy'])} [{' to '.join(share(end) for end in run['heldout_interval'])}]"
+
+    names = f"{'loss':>9}{'recall':>9}{'certified':>11}{'full at':>9}{'s/epoch':>9}  {'heldout':<26}{'neighbour':>9}"
+    backbone = results["backbone"]
+    lines = [
+        f"{'run':<21}{names}",
+        f"{'backbone':<68}  {interval(backbone):<26}{share(backbone['neighbour_accuracy']):>9}",
+    ]
+    for name, run in results["runs"].items():
+        lines.append(
+            f"{name:<21}{run['final_loss']:>9.4f}{share(run['recall']):>9}{share(run['certified']):>11}"
+            f"{run['epochs_to_full_recall'] or 'never':>9}{run['seconds_per_epoch']:>9.2f}  "
+            f"{interval(run):<26}{share(run['neighbour_accuracy']):>9}"
+        )
+    memory = results["memory"]
+    lines.append(
+        f"{results['facts']['count']} facts, {memory['selected']} of {memory['num_experts']} experts each: "
+        f"{memory['experts_used']} used, load {memory['load']:.4f}, overlap of two facts {memory['mean_overlap']:.4f}, "
+        f"with the nearest {memory['nearest_overlap']:.4f}"
+    )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    config = from_config_dict(_CONFIG.value)
+    data = config.data
+    facts = {
+        answers: facts_lib.load(data.facts, answers, data.count, config.seed, data.dir) for answers in facts_lib.ANSWERS
+    }
+    base = model.load_base(config)
+    identity = {"config": dataclasses.asdict(config)}
+    identity["facts"] = {answers: runs.fingerprint(facts[answers]) for answers in facts}
+    directory = command.open_workdir(_WORKDIR.value, identity)
+    started = time.time()
+    asked = [fact.question for fact in facts["true"]]
+    print(f"{data.count} facts on {jax.devices()[0].device_kind}; training the router ...", flush=True)
+    routing = model.make_router(config, base, asked)
+    selection_FK = model.select_all(base, routing, asked, config.memory.selected)
+    questions = questions_asked(config)
+    results = {
+        "backbone": accuracies(base, recall.bare(base), questions),
+        "memory": {
+            "num_experts": config.memory.num_experts,
+            "selected": config.memory.selected,
+            "floats_per_expert": {
+                target: bank.row_shape(config.backbone, dataclasses.replace(config.memory, target=target)).floats
+                for target in METHODS.values()
+                if target
+            },
+            **router.spread(selection_FK, config.memory.num_experts),
+        },
+        "facts": {"count": data.count, "dataset": data.facts},
+        "runs": {},
+    }
+    for name in RUNS:
+        run_directory = directory / name.replace("/", "_")
+        saved = run_directory / "result.json"
+        if not saved.exists():
+            result = one_run(name, config, base, routing, facts[name.split("/")[1]], questions, run_directory)
+            command.write_json(saved, result)
+        results["runs"][name] = json.loads(saved.read_text())
+    results["environment"] = command.environment()
+    results["seconds"] = round(time.time() - started, 1)
+    command.write_json(directory / "results.json", results)
+    figures.randomization(results, directory / "figures.png")
+    print(table(results))
+    print(f"{results['seconds']:.0f} s; {directory / 'results.json'}, {directory / 'figures.png'}")
+
+
+if __name__ == "__main__":
+    command.run(main)

@@ -1,0 +1,57 @@
+"""Answers questions with a memory that `lamini_jax.tune` has tuned.
+
+    python -m lamini_jax.ask --workdir=DIR --question="..."
+    python -m lamini_jax.ask --workdir=DIR --questions=FILE.jsonl --output=OUT.jsonl
+
+The first prints the answer alone. The second answers a file of lines {"question": "..."} and writes them to OUT.jsonl
+with "generated" added to each.
+"""
+
+import json
+from pathlib import Path
+
+from absl import flags
+
+from lamini_jax import command, model, recall, runs
+from lamini_jax.config import from_config_dict
+from lamini_jax.data.facts import check_question, read_questions
+from lamini_jax.errors import UserError
+
+_WORKDIR = flags.DEFINE_string("workdir", None, "Directory that `lamini_jax.tune` has finished with.", required=True)
+_QUESTION = flags.DEFINE_string("question", None, "One question.")
+_QUESTIONS = flags.DEFINE_string("questions", None, "JSONL file with many.")
+_OUTPUT = flags.DEFINE_string("output", None, "Where the answers to --questions go.")
+
+
+def main() -> None:
+    if (_QUESTION.value is None) == (_QUESTIONS.value is None):
+        raise UserError('give either --question="..." or --questions=FILE.jsonl')
+    if (_QUESTIONS.value is None) != (_OUTPUT.value is None):
+        raise UserError("--questions=FILE.jsonl and --output=OUT.jsonl go together")
+    directory = Path(_WORKDIR.value)
+    if not (directory / "results.json").is_file() or not (directory / "config.json").is_file():
+        raise UserError(
+            f"--workdir={directory}: has no finished checkpoint; finish python -m lamini_jax.tune in it first"
+        )
+    config = from_config_dict(json.loads((directory / "config.json").read_text())["config"])
+    base = model.load_base(config)
+    context = config.backbone.context
+    if _QUESTION.value is not None:
+        check_question(_QUESTION.value, base.tokenizer, context, "--question")
+        records = [{"question": _QUESTION.value}]
+    else:
+        records = read_questions(_QUESTIONS.value, base.tokenizer, context)
+        if not Path(_OUTPUT.value).absolute().parent.is_dir():
+            raise UserError(f"--output={_OUTPUT.value}: its directory does not exist")
+    speak = runs.answer_with(base, runs.load_memory(config, directory / "checkpoints"), config)
+    generated = recall.answers(base, speak, [record["question"] for record in records])
+    if _QUESTION.value is not None:
+        print(generated[0])
+    else:
+        lines = [json.dumps({**record, "generated": text}) for record, text in zip(records, generated, strict=True)]
+        command.write_text(_OUTPUT.value, "\n".join(lines) + "\n")
+        print(f"{len(lines)} answers in {_OUTPUT.value}")
+
+
+if __name__ == "__main__":
+    command.run(main)

@@ -1,0 +1,99 @@
+"""Lamini-1: the frozen backbone, the router and the bank put together.
+
+question ──prefix (frozen)──┬─────────────── hidden_BTD ──────────────► suffix (frozen + adapter) ──► logits_BTV
+                            └► pool ► query_BC ► lookup(keys_NC) ► expert_ids_BK, gates_BK
+                                                      └► gather rows_BKR from the bank ──────────┘
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lamini_jax import backbone, router
+from lamini_jax.backbone import Decoder
+from lamini_jax.config import Config
+from lamini_jax.data import batches, world
+from lamini_jax.data.tokenizer import ByteTokenizer
+from lamini_jax.errors import UserError
+
+_ROUTING_BATCH = 64
+
+
+@dataclasses.dataclass(frozen=True)
+class Base:
+    """What stays frozen and is the same for every run: the backbone, cut where the memory begins, and its tokenizer."""
+
+    decoder: Decoder
+    params: backbone.Params
+    tokenizer: ByteTokenizer
+
+
+def load_base(config: Config) -> Base:
+    """The backbone that `config` names. Raises UserError if the weights at hand have another shape."""
+    shipped, params = backbone.shipped()
+    for field in dataclasses.fields(shipped):
+        asked, found = getattr(config.backbone, field.name), getattr(shipped, field.name)
+        if asked != found and field.name != "dtype":
+            raise UserError(f"--config.backbone.{field.name}={asked}: the backbone that ships has {found}")
+    decoder = Decoder(config.backbone, config.memory.layers)
+    return Base(decoder, jax.device_put(backbone.cut(params, config.memory.layers)), ByteTokenizer())
+
+
+@functools.partial(jax.jit, static_argnames="decoder")
+def read(decoder: Decoder, params, tokens_BT):
+    """hidden_BTD: what the frozen prefix makes of some tokens. Computed once per fact and kept."""
+    return backbone.prefix(decoder, params, tokens_BT)[0]
+
+
+@functools.partial(jax.jit, static_argnames="decoder")
+def features(decoder: Decoder, params, prompt_BT, length_B):
+    """feature_BD of questions; a prompt holds no answer, so a selection cannot depend on one."""
+    return router.pool(backbone.prefix(decoder, params, prompt_BT)[0], length_B)
+
+
+@functools.partial(jax.jit, static_argnames=("decoder", "num_selected"))
+def select(decoder: Decoder, params, routing: router.Router, prompt_BT, length_B, num_selected: int):
+    """The experts of questions (step 1 of section 7.1)."""
+    return router.select(routing, features(decoder, params, prompt_BT, length_B), num_selected)
+
+
+def token_losses(decoder: Decoder, params, hidden_BTD, targets_BT, suffix_adapter):
+    """loss_BT in nats of each next token given the prefix's output, and whether greedy decoding would choose it."""
+    with jax.named_scope("suffix"):
+        hidden_BTD, _ = backbone.suffix(decoder, params, hidden_BTD, adapter=suffix_adapter)
+        logits_BTV = backbone.unembed(decoder, params, hidden_BTD)
+    right_BT = jnp.take_along_axis(logits_BTV, targets_BT[:, :, None], axis=-1)[:, :, 0]
+    return jax.nn.logsumexp(logits_BTV, axis=-1) - right_BT, right_BT >= logits_BTV.max(axis=-1)
+
+
+def make_router(config: Config, base: Base, questions: list[str]) -> router.Router:
+    """The router for some facts: whitened and trained on their questions and on questions of the generated world."""
+    stream = world.training_stream(config.seed)
+    calibration = [next(stream).question for _ in range(config.router.calibration)]
+    prompts = batches.prompts(questions + calibration, base.tokenizer)
+    features_QD = _over(prompts, lambda tokens, lengths: features(base.decoder, base.params, tokens, lengths))
+    return router.train(config, features_QD)
+
+
+def select_all(base: Base, routing: router.Router, questions: list[str], num_selected: int) -> np.ndarray:
+    """expert_ids_FK of many questions."""
+    prompts = batches.prompts(questions, base.tokenizer)
+    return _over(
+        prompts,
+        lambda tokens, lengths: select(base.decoder, base.params, routing, tokens, lengths, num_selected).expert_ids_BK,
+    )
+
+
+def _over(prompts: list[batches.Prompts], function) -> np.ndarray:
+    """`function(prompt_BT, length_B)` over buckets in batches of one size; the results in the order of the questions."""
+    parts, order = [], []
+    for bucket in prompts:
+        for rows_B in batches.in_order(len(bucket.index_F), _ROUTING_BATCH):
+            valid = rows_B >= 0
+            parts.append(np.asarray(function(bucket.tokens_FT[rows_B], bucket.length_F[rows_B]))[valid])
+            order.append(bucket.index_F[rows_B[valid]])
+    results = np.concatenate(parts)
+    return results[np.argsort(np.concatenate(order))]

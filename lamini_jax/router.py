@@ -1,0 +1,126 @@
+"""From a question to its experts: feature -> query -> lookup -> gates, frozen after one epoch of training.
+
+The feature is the mean of the frozen prefix's hidden states over the question. Those means are nearly parallel for
+different questions, so they are whitened with the covariance of a calibration set; without that, look-alike questions
+would share almost all their experts.
+"""
+
+import functools
+
+import flax
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from lamini_jax import lookup
+from lamini_jax.config import Config, RouterConfig
+
+# How sharply the training objective weighs the nearest neighbours of a query over the others.
+_SHARPNESS = 8.0
+_BATCH = 256
+
+
+@flax.struct.dataclass
+class Router:
+    """Everything that decides a selection, beside the backbone."""
+
+    mean_D: jax.Array
+    transform_DC: jax.Array  # whitening and projection in one
+    keys_NC: jax.Array
+
+
+@flax.struct.dataclass
+class Selection:
+    """The experts of each question and the weight of each."""
+
+    expert_ids_BK: jax.Array
+    gates_BK: jax.Array
+
+
+def pool(hidden_BTD, length_B):
+    """feature_BD: the mean over each question's tokens of hidden states of unit root mean square."""
+    mask_BT1 = (jnp.arange(hidden_BTD.shape[1])[None] < length_B[:, None])[..., None]
+    rms_BT1 = jnp.sqrt(jnp.mean(jnp.square(hidden_BTD), axis=-1, keepdims=True) + 1e-6)
+    return jnp.sum(hidden_BTD / rms_BT1 * mask_BT1, axis=1) / length_B[:, None]
+
+
+def query(mean_D, transform_DC, feature_BD):
+    """query_BC of unit length, in full float32."""
+    centred_BD = feature_BD - mean_D[None]
+    query_BC = jnp.einsum("BD,DC->BC", centred_BD, transform_DC, precision=jax.lax.Precision.HIGHEST)
+    return query_BC / (jnp.linalg.norm(query_BC, axis=-1, keepdims=True) + 1e-6)
+
+
+def select(router: Router, feature_BD, num_selected: int) -> Selection:
+    """The experts whose keys lie nearest. Gates are equal: each of K experts weighs 1/sqrt(K)."""
+    with jax.named_scope("lookup"):
+        query_BC = query(router.mean_D, router.transform_DC, feature_BD)
+        expert_ids_BK, _ = lookup.exact(router.keys_NC, query_BC, num_selected)
+    return Selection(expert_ids_BK, jnp.full(expert_ids_BK.shape, num_selected**-0.5))
+
+
+def keys(config: Config):
+    """keys_NC, a function of the seed: random directions of unit length, so that none is favoured for being long."""
+    return _keys(jax.random.fold_in(jax.random.key(config.seed), 4), config.memory.num_experts, config.router.key_width)
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _keys(key, num_experts: int, key_width: int):
+    keys_NC = jax.random.normal(key, (num_experts, key_width))
+    return keys_NC / jnp.linalg.norm(keys_NC, axis=-1, keepdims=True)
+
+
+def whitening(features_QD: np.ndarray, ridge: float) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and symmetric whitening matrix of some features; `ridge` is relative to the largest variance."""
+    features_QD = np.asarray(features_QD, np.float64)
+    mean_D = features_QD.mean(axis=0)
+    variances_D, axes_DD = np.linalg.eigh(np.cov(features_QD, rowvar=False))
+    scale_D = 1 / np.sqrt(np.maximum(variances_D, 0) + ridge * max(variances_D.max(), 1e-12))
+    return mean_D.astype(np.float32), (axes_DD * scale_D @ axes_DD.T).astype(np.float32)
+
+
+def train(config: Config, features_QD: np.ndarray) -> Router:
+    """Whitens, then trains the projection for one epoch over the calibration questions, then freezes (section 7.1).
+
+    The paper trains its cross attention on the language model's loss. Here experts start at exactly zero, so that this
+    loss has no gradient with respect to the selection; queries are trained for what a selection is for, to keep
+    questions apart: the objective is the uniformity of arXiv 2005.10242.
+    """
+    c: RouterConfig = config.router
+    projection_key = jax.random.fold_in(jax.random.key(config.seed), 1)
+    mean_D, white_DD = whitening(features_QD, c.ridge)
+    projection_DC = jax.random.normal(projection_key, (mean_D.size, c.key_width)) * mean_D.size**-0.5
+    batch = min(_BATCH, len(features_QD))
+    tx = optax.adam(c.learning_rate)
+
+    def loss(projection_DC, feature_BD):
+        query_BC = query(mean_D, white_DD @ projection_DC, feature_BD)
+        cosine_BB = query_BC @ query_BC.T - 2 * jnp.eye(batch)
+        return jnp.mean(jax.nn.logsumexp(_SHARPNESS * cosine_BB, axis=-1))
+
+    @jax.jit
+    def step(projection_DC, state, feature_BD):
+        updates, state = tx.update(jax.grad(loss)(projection_DC, feature_BD), state)
+        return optax.apply_updates(projection_DC, updates), state
+
+    state = tx.init(projection_DC)
+    order = np.random.default_rng((config.seed, 1)).permutation(len(features_QD))
+    for start in range(0, len(order) - batch + 1, batch):
+        projection_DC, state = step(projection_DC, state, features_QD[order[start : start + batch]])
+    return Router(jnp.asarray(mean_D), jnp.asarray(white_DD @ projection_DC), keys(config))
+
+
+def spread(expert_ids_FK: np.ndarray, num_experts: int) -> dict[str, float]:
+    """How a selection spreads: experts used, load F*K/N, and the share of experts that facts have in common."""
+    count, k = expert_ids_FK.shape
+    rows = np.sort(expert_ids_FK, axis=1)
+    overlap_FF = np.stack([np.isin(rows, row).sum(axis=1) for row in rows]) / k
+    np.fill_diagonal(overlap_FF, 0.0)
+    others = max(count - 1, 1)
+    return {
+        "experts_used": int(np.unique(expert_ids_FK).size),
+        "load": count * k / num_experts,
+        "mean_overlap": float(overlap_FF.sum() / (count * others)),
+        "nearest_overlap": float(overlap_FF.max(axis=1).mean()),
+    }
