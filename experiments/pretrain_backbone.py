@@ -1,6 +1,6 @@
 """Trains the tiny backbone that ships with the package, from nothing, on the generated world.
 
-    python -m experiments.pretrain_backbone --workdir=runs/pretrain_backbone --output=lamini_jax/weights/tiny.safetensors
+    python -m experiments.pretrain_backbone --workdir=runs/pretrain --output=lamini_jax/weights/tiny.safetensors
 
 A byte-level decoder of about 0.8 million parameters reads questions and answers of the training split, packed into
 sequences of its whole context, and each of 1,000 arbitrary facts exactly once. `results.json` holds the share of

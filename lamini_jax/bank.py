@@ -33,7 +33,7 @@ def row_shape(backbone: BackboneConfig, memory: MemoryConfig) -> RowShape:
 
 @functools.partial(jax.jit, static_argnames=("shape", "num_experts"))
 def init(key: jax.Array, shape: RowShape, num_experts: int):
-    """rows_NR. Each row is a function of the key and its own id, made where it lies; nothing else of size N is built."""
+    """rows_NR. A row is a function of the key and its id, made where it lies; nothing else of size N is built."""
 
     def row(expert_id):
         width = shape.input_width

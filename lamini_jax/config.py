@@ -19,6 +19,8 @@ CERTIFIED_LOSS = math.log(2)
 CERTIFIED_LOSS_BFLOAT16 = 0.576
 
 TARGETS = ("o_proj", "down_proj")
+LOOKUPS = ("exact",)
+OPTIMIZERS = ("adafactor", "adam", "sgd")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,9 +148,18 @@ def _check(config: Config) -> None:
         (memory.num_experts >= 1, "memory.num_experts", "must be at least 1"),
         (1 <= memory.selected <= memory.num_experts, "memory.selected", "must be between 1 and memory.num_experts"),
         (memory.target in TARGETS, "memory.target", f"must be one of {', '.join(TARGETS)}"),
-        (1 <= memory.layers <= backbone.num_layers, "memory.layers", "must be between 1 and backbone.num_layers"),
+        (1 <= memory.layers < backbone.num_layers, "memory.layers", "must be at least 1 and below backbone.num_layers"),
         (backbone.num_heads % backbone.num_kv_heads == 0, "backbone.num_kv_heads", "must divide backbone.num_heads"),
         (backbone.dtype in ("float32", "bfloat16"), "backbone.dtype", "must be float32 or bfloat16"),
+        (config.router.lookup in LOOKUPS, "router.lookup", f"must be one of {', '.join(LOOKUPS)}"),
+        (config.router.key_width >= 1, "router.key_width", "must be at least 1"),
+        (config.router.calibration >= 2, "router.calibration", "must be at least 2"),
+        (0 < config.router.ridge < math.inf, "router.ridge", "must be positive"),
+        (0 <= config.router.learning_rate < math.inf, "router.learning_rate", "must not be negative"),
+        (config.tuning.optimizer in OPTIMIZERS, "tuning.optimizer", f"must be one of {', '.join(OPTIMIZERS)}"),
+        (0 < config.tuning.learning_rate < math.inf, "tuning.learning_rate", "must be positive"),
+        (config.lora.optimizer in OPTIMIZERS, "lora.optimizer", f"must be one of {', '.join(OPTIMIZERS)}"),
+        (0 < config.lora.learning_rate < math.inf, "lora.learning_rate", "must be positive"),
         (config.tuning.epochs >= 1, "tuning.epochs", "must be at least 1"),
         (config.tuning.batch_size >= 1, "tuning.batch_size", "must be at least 1"),
         (config.data.count >= 1, "data.count", "must be at least 1"),

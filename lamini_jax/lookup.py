@@ -3,7 +3,6 @@
 import jax
 import jax.numpy as jnp
 
-LOOKUPS = ("exact",)
 _BLOCK = 256
 
 

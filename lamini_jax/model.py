@@ -88,7 +88,7 @@ def select_all(base: Base, routing: router.Router, questions: list[str], num_sel
 
 
 def _over(prompts: list[batches.Prompts], function) -> np.ndarray:
-    """`function(prompt_BT, length_B)` over buckets in batches of one size; the results in the order of the questions."""
+    """`function(prompt_BT, length_B)` over buckets in batches of one size; results in the order of the questions."""
     parts, order = [], []
     for bucket in prompts:
         for rows_B in batches.in_order(len(bucket.index_F), _ROUTING_BATCH):

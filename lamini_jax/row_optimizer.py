@@ -13,8 +13,6 @@ import optax
 
 from lamini_jax import bank
 
-OPTIMIZERS = ("adafactor", "adam", "sgd")
-
 
 def make(name: str, learning_rate: float) -> optax.GradientTransformation:
     """Adafactor as the paper uses it (appendix A: a fixed learning rate, no scaling by the parameters), Adam or SGD."""

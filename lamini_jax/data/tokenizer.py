@@ -6,7 +6,7 @@ from lamini_jax.errors import UserError
 
 
 class ByteTokenizer:
-    """UTF-8 bytes are their own ids; special tokens are bytes that UTF-8 never contains, so that no text can forge one."""
+    """UTF-8 bytes are their own ids; special tokens are bytes that UTF-8 never has, so that no text can forge one."""
 
     vocab_size = 256
     pad_id, begin_id, answer_id, stop_id = 0xFC, 0xFD, 0xFE, 0xFF
