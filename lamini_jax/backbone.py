@@ -98,6 +98,14 @@ def _project_backward(dtype, saved, gradient_BTO):
 project.defvjp(_project_forward, _project_backward)
 
 
+def low_rank(x_BTI, adapter: LowRank, dtype: str):
+    """What an adapter adds to a linear layer of input x_BTI."""
+    if adapter.down.ndim == 2:
+        return project(project(x_BTI, adapter.down.T, dtype), adapter.up, dtype)
+    hidden_BTK = contract("BTI,BKI->BTK", x_BTI, adapter.down, dtype)
+    return contract("BTK,BKO->BTO", hidden_BTK, adapter.up, dtype)
+
+
 class RMSNorm(nn.Module):
     """Root-mean-square normalization with a learned scale, in float32."""
 
@@ -147,10 +155,7 @@ class Block(nn.Module):
         def linear(name, x_BTI):
             y_BTO = Linear(shapes[name], c.dtype, name=name)(x_BTI)
             if adapter and name in adapter:
-                down, up = adapter[name]
-                each = "B" if down.ndim == 3 else ""
-                hidden_BTK = contract(f"BTI,{each}KI->BTK", x_BTI, down, c.dtype)
-                y_BTO = y_BTO + contract(f"BTK,{each}KO->BTO", hidden_BTK, up, c.dtype)
+                y_BTO = y_BTO + low_rank(x_BTI, adapter[name], c.dtype)
             return y_BTO
 
         def heads(x_BTO):

@@ -209,7 +209,8 @@ def check(method: Method, params, state, facts: Facts, log: Log, batch_size: int
     """Measures every fact's losses as they are now and writes them into the log."""
     pending = []
     for number, bucket in enumerate(facts.buckets):
-        for rows_B in batches.in_order(len(facts.examples[number].index_F), batch_size):
+        count = len(facts.examples[number].index_F)
+        for rows_B in batches.in_order(count, min(batch_size, count)):
             pending.append((number, rows_B, method.losses(params, state, bucket, rows_B)))
     _record(log, facts, pending)
 

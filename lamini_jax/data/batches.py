@@ -74,17 +74,17 @@ def epoch_batches(
 ) -> Iterator[tuple[int, np.ndarray]]:
     """Each fact once, in an order that (seed, epoch) alone decide: the number of a bucket and `rows_B` of it.
 
-    Buckets are mixed. Rows of -1 fill the last batch of each. `active` (one bool per fact) leaves some facts out.
+    Buckets are mixed; one of fewer facts than a batch has smaller batches. Rows of -1 fill the last batch of each.
+    `active` (one bool per fact) leaves some facts out.
     """
     rng = np.random.default_rng((seed, epoch))
     batches = []
     for bucket, facts in enumerate(examples):
-        order = rng.permutation(len(facts.index_F))
+        order = rng.permutation(len(facts.index_F)).astype(np.int32)
         if active is not None:
             order = order[active[facts.index_F[order]]]
-        rows = np.full(-(-order.size // batch_size) * batch_size, -1, np.int32)
-        rows[: order.size] = order
-        batches.extend((bucket, rows_B) for rows_B in rows.reshape(-1, batch_size))
+        for rows_B in in_order(order.size, min(batch_size, len(facts.index_F))):
+            batches.append((bucket, np.where(rows_B >= 0, order[rows_B], -1)))
     return (batches[i] for i in rng.permutation(len(batches)))
 
 
