@@ -5,6 +5,9 @@ the router, the losses of each fact, the epoch (which is the data position) and 
 and the keys are functions of the seed; a checksum shows that they came out the same.
 """
 
+import contextlib
+import errno
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -43,10 +46,8 @@ class Checkpoints:
         history = {name: getattr(log, name) for name in _HISTORY} | extra
         tree = {"state": tree, "losses": {name: getattr(log, name) for name in _LOSSES}}
         arguments = ocp.args.Composite(tree=ocp.args.StandardSave(tree), history=ocp.args.JsonSave(history))
-        try:
+        with self._saving():
             self._manager.save(log.epoch, args=arguments)
-        except OSError as error:
-            raise self._failed(error) from error
         self._saved_at = time.monotonic()
         self._cost = self._saved_at - started
 
@@ -72,14 +73,20 @@ class Checkpoints:
 
     def close(self) -> None:
         """Waits for the last save. Raises UserError if it failed."""
-        try:
+        with self._saving():
             self._manager.wait_until_finished()
             self._manager.close()
-        except OSError as error:
-            raise self._failed(error) from error
 
-    def _failed(self, error: OSError) -> UserError:
-        return UserError(f"{self._directory}: cannot save ({error.strerror}); the checkpoint before it is whole")
+    @contextlib.contextmanager
+    def _saving(self):
+        try:
+            yield
+        except (OSError, ValueError) as error:  # the storage below Orbax reports a full disk as a ValueError
+            if not isinstance(error, OSError) and "os_error_code" not in str(error):
+                raise
+            reason = os.strerror(errno.ENOSPC) if "No space left" in str(error) else str(error).splitlines()[0]
+            whole = "the checkpoint before this one is whole; make room and run again to continue from it"
+            raise UserError(f"{self._directory}: cannot save ({reason}); {whole}") from error
 
 
 def checksum(array) -> int:

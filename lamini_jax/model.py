@@ -91,7 +91,7 @@ def _over(prompts: list[batches.Prompts], function) -> np.ndarray:
     """`function(prompt_BT, length_B)` over buckets in batches of one size; results in the order of the questions."""
     parts, order = [], []
     for bucket in prompts:
-        for rows_B in batches.in_order(len(bucket.index_F), _ROUTING_BATCH):
+        for rows_B in batches.in_order(len(bucket.index_F), min(_ROUTING_BATCH, len(bucket.index_F))):
             valid = rows_B >= 0
             parts.append(np.asarray(function(bucket.tokens_FT[rows_B], bucket.length_F[rows_B]))[valid])
             order.append(bucket.index_F[rows_B[valid]])

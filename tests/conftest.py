@@ -4,18 +4,27 @@ import os
 
 os.environ["JAX_PLATFORMS"] = "cpu"  # before anything imports jax
 
+import helpers
 import jax
 import pytest
 
-
-@pytest.fixture(autouse=True)
-def no_rank_promotion():
-    with jax.numpy_rank_promotion("raise"):
-        yield
+jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
 @pytest.fixture(autouse=True, scope="session")
-def data_dir(tmp_path_factory):
+def directories(tmp_path_factory):
+    """Datasets, and compiled programs that several tests and the processes they start have in common."""
+    compiled = str(tmp_path_factory.mktemp("compiled"))
+    jax.config.update("jax_compilation_cache_dir", compiled)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
     with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("JAX_COMPILATION_CACHE_DIR", compiled)
+        patch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
         patch.setenv("LAMINI_JAX_DATA", str(tmp_path_factory.mktemp("data")))
         yield
+
+
+@pytest.fixture(scope="session")
+def base():
+    """A small backbone with random weights, two of its four layers with memory."""
+    return helpers.make_base()

@@ -1,0 +1,112 @@
+"""What tests share: a backbone with random weights that compiles in seconds, facts, and tuning made ready to step."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lamini_jax import backbone, bank, model, router, row_optimizer, tuning
+from lamini_jax.config import BackboneConfig, Config, MemoryConfig, RouterConfig, TuningConfig
+from lamini_jax.data import batches
+from lamini_jax.data.facts import Fact, fact_id, random_answer_to
+from lamini_jax.data.tokenizer import ByteTokenizer
+
+BACKBONE = BackboneConfig(num_layers=4, width=32, num_heads=4, num_kv_heads=2, head_width=8, mlp_width=48, context=128)
+CONFIG = Config(
+    backbone=BACKBONE,
+    memory=MemoryConfig(num_experts=4096, selected=8, layers=2),
+    router=RouterConfig(key_width=16, calibration=64),
+    tuning=TuningConfig(optimizer="adam", learning_rate=0.1, batch_size=8, epochs=4),
+)
+
+
+def random_params(config: BackboneConfig, seed: int = 0) -> backbone.Params:
+    """Whole parameters, drawn by numpy because that compiles nothing."""
+    rng = np.random.default_rng(seed)
+    decoder = backbone.Decoder(config, 1)
+    shapes = jax.eval_shape(lambda: backbone.join(backbone.init(decoder, jax.random.key(0))))
+
+    def draw(path, leaf):
+        name = path[-1].key
+        if name == "scale":
+            values = 1 + 0.2 * rng.normal(size=leaf.shape)
+        else:
+            values = rng.normal(size=leaf.shape) * (leaf.shape[-1 if name == "embedding" else -2] ** -0.5)
+        return jnp.asarray(values, jnp.float32)
+
+    return jax.tree_util.tree_map_with_path(draw, shapes)
+
+
+def make_base(config: Config = CONFIG, seed: int = 0) -> model.Base:
+    """A random backbone, cut where the memory of `config` begins."""
+    params = backbone.cut(random_params(config.backbone, seed), config.memory.layers)
+    return model.Base(backbone.Decoder(config.backbone, config.memory.layers), params, ByteTokenizer())
+
+
+def some_facts(count: int, answer_length: int = 4) -> list[Fact]:
+    """Look-alike questions of one length, with random answers."""
+    questions = [f"What is the code of box {i:03d}?" for i in range(count)]
+    return [Fact(fact_id(text), text, random_answer_to(text, 0)[:answer_length]) for text in questions]
+
+
+def replace(config: Config, **groups) -> Config:
+    """`config` with some fields of some groups replaced: replace(CONFIG, tuning={"epochs": 8})."""
+    changes = {name: dataclasses.replace(getattr(config, name), **fields) for name, fields in groups.items()}
+    return dataclasses.replace(config, **changes)
+
+
+def random_router(config: Config, seed: int = 0) -> router.Router:
+    """A router that nothing has trained."""
+    rng = np.random.default_rng(seed)
+    width = config.backbone.width
+    transform_DC = rng.normal(size=(width, config.router.key_width)).astype(np.float32)
+    return router.Router(jnp.zeros(width), jnp.asarray(transform_DC), router.keys(config))
+
+
+@dataclasses.dataclass(frozen=True)
+class Tuning:
+    """Everything that a step of memory tuning takes."""
+
+    config: Config
+    base: model.Base
+    shape: bank.RowShape
+    expert_ids_FK: np.ndarray
+    slots_FK: np.ndarray
+    tx: object
+    method: tuning.Method
+    facts: tuning.Facts
+
+    def fresh_state(self) -> tuning.MemoryState:
+        """The state before any step: a step takes its state's memory over, so everyone needs one of their own."""
+        ids_S, _ = row_optimizer.slots_of(self.expert_ids_FK)
+        rows_NR = bank.init(jax.random.key(2), self.shape, self.config.memory.num_experts)
+        return tuning.MemoryState(rows_NR, row_optimizer.init(self.tx, ids_S, self.shape))
+
+
+def make_tuning(config: Config, base: model.Base, facts: list[Fact], expert_ids_FK=None) -> Tuning:
+    """Facts made ready for tuning; each selects K random experts unless told which."""
+    memory = config.memory
+    if expert_ids_FK is None:
+        rng = np.random.default_rng(1)
+        expert_ids_FK = np.stack([rng.choice(memory.num_experts, memory.selected, replace=False) for _ in facts])
+    _, slots_FK = row_optimizer.slots_of(expert_ids_FK)
+    shape = bank.row_shape(config.backbone, memory)
+    tx = row_optimizer.make(config.tuning.optimizer, config.tuning.learning_rate)
+    method = tuning.memory_method(base.decoder, shape, memory.target, tx)
+    examples = batches.encode(facts, base.tokenizer)
+    prepared = tuning.Facts(examples, tuning.memory_buckets(base, examples, slots_FK))
+    return Tuning(config, base, shape, expert_ids_FK, slots_FK, tx, method, prepared)
+
+
+def same_bits(a, b) -> bool:
+    """Whether two pytrees have the same structure and leaves that are equal bit for bit (-0 is not 0, NaN is NaN)."""
+    if jax.tree.structure(a) != jax.tree.structure(b):
+        return False
+    pairs = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+    return all(_bits(x) == _bits(y) for x, y in pairs)
+
+
+def _bits(x):
+    x = np.asarray(x)
+    return x.dtype, x.shape, x.tobytes()
