@@ -16,27 +16,28 @@ import optax
 from absl import flags
 from optax.contrib import MuonDimensionNumbers, muon
 
-from lamini_jax import backbone, command
+from lamini_jax import backbone, command, model, recall
 from lamini_jax.config import BackboneConfig
 from lamini_jax.data import world
 from lamini_jax.data.tokenizer import ByteTokenizer
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where the weights and results.json go.", required=True)
 _OUTPUT = flags.DEFINE_string("output", "", "Where the weights go instead of the work directory.")
-_STEPS = flags.DEFINE_integer("steps", 3_500, "Training steps.", lower_bound=1)
+_STEPS = flags.DEFINE_multi_integer("steps", [3_500, 700], "Training steps of each course.", lower_bound=1)
 _BATCH = flags.DEFINE_integer("batch", 16, "Sequences per step, each as long as the context.", lower_bound=1)
 
 SEED = 0
 ONCE = 1_000
+HELD_OUT = 60  # held-out questions of each kind, fewer where it has fewer
 # A question's own bytes are noise to a model that is only ever asked; a little of them keeps its reading general.
 QUESTION_WEIGHT = 0.1
 
 
-def packed_batches(config: BackboneConfig, batch: int, steps: int):
+def packed_batches(config: BackboneConfig, batch: int, steps: int, course: int):
     """Token and weight arrays (batch, context + 1) for each step: documents one after another, cut where a row ends."""
     tokenizer = ByteTokenizer()
-    stream = world.training_stream(SEED)
-    once = world.once(ONCE, SEED)
+    stream = world.training_stream(SEED, course)
+    once = world.once(ONCE, SEED) if course == 0 else []
     size = batch * (config.context + 1)
     tokens, weights = [], []
     for step in range(steps):
@@ -67,15 +68,10 @@ def optimizer(steps: int) -> optax.GradientTransformation:
     return optax.chain(optax.clip_by_global_norm(1.0), transformation)
 
 
-def train(config: BackboneConfig, batch: int, steps: int) -> backbone.Params:
-    """Whole parameters after `steps` steps."""
+def train(config: BackboneConfig, params: backbone.Params | None, batch: int, steps: int, course: int):
+    """Whole parameters after one course, from random ones or from those that the course before left."""
     decoder = backbone.Decoder(config, memory_layers=1)
     tx = optimizer(steps)
-
-    @jax.jit
-    def start():
-        params = backbone.init(decoder, jax.random.key(SEED))
-        return params, tx.init(params)
 
     @jax.jit
     def step(params, state, tokens_BT, weights_BT):
@@ -90,25 +86,48 @@ def train(config: BackboneConfig, batch: int, steps: int) -> backbone.Params:
         updates, state = tx.update(gradients, state, params)
         return optax.apply_updates(params, updates), state, answer_loss
 
-    params, state = start()
+    if params is None:
+        params = jax.jit(backbone.init, static_argnums=0)(decoder, jax.random.key(SEED))
+    else:
+        params = backbone.cut(params, 1)
+    state = jax.jit(tx.init)(params)
     started = time.time()
-    for number, (tokens_BT, weights_BT) in enumerate(packed_batches(config, batch, steps), 1):
+    for number, (tokens_BT, weights_BT) in enumerate(packed_batches(config, batch, steps, course), 1):
         params, state, loss = step(params, state, tokens_BT, weights_BT)
         if number % 50 == 0 or number == steps:
             elapsed = time.time() - started
             left = elapsed / number * (steps - number) / 60
-            print(f"step {number}/{steps}  answer loss {loss:.4f}  {left:.0f} min left", flush=True)
+            print(
+                f"course {course + 1}, step {number}/{steps}  answer loss {loss:.4f}  {left:.0f} min left", flush=True
+            )
     return backbone.join(params)
+
+
+def heldout_accuracy(config: BackboneConfig, params: backbone.Params) -> dict[str, float]:
+    """The share of held-out questions of each kind, and of all, that greedy decoding answers exactly."""
+    base = model.Base(backbone.Decoder(config, 1), backbone.cut(params, 1), ByteTokenizer())
+    questions = [qa for kind in world.KINDS for qa in world.held_out(kind, HELD_OUT, SEED)]
+    right = np.array(recall.accuracy(base, recall.bare(base), questions))
+    kinds = np.array([qa.kind for qa in questions])
+    return {str(kind): float(right[kinds == kind].mean()) for kind in np.unique(kinds)} | {"all": float(right.mean())}
 
 
 def main() -> None:
     config = BackboneConfig()
     directory = command.open_workdir(_WORKDIR.value, {"steps": _STEPS.value, "batch": _BATCH.value})
     started = time.time()
-    params = train(config, _BATCH.value, _STEPS.value)
-    seconds = time.time() - started
-    backbone.save(_OUTPUT.value or str(directory / "tiny.safetensors"), config, params)
-    print(f"trained in {seconds / 60:.1f} min")
+    params = None
+    for course, steps in enumerate(_STEPS.value):
+        params = train(config, params, _BATCH.value, steps, course)
+    seconds = round(time.time() - started)
+    path = _OUTPUT.value or str(directory / "tiny.safetensors")
+    backbone.save(path, config, params)
+    print(f"trained in {seconds / 60:.0f} min; {path}; asking held-out questions ...", flush=True)
+    accuracy = heldout_accuracy(config, params)
+    for kind, share in sorted(accuracy.items(), key=lambda item: item[1]):
+        print(f"{kind:<15}{100 * share:6.1f}%")
+    results = {"seconds": seconds, "heldout_accuracy": accuracy, "environment": command.environment()}
+    command.write_json(directory / "results.json", results)
 
 
 if __name__ == "__main__":

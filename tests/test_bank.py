@@ -1,0 +1,124 @@
+"""The bank: rows that depend on seed and id alone, and that add exactly nothing until somebody trains them."""
+
+import helpers
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lamini_jax import backbone, bank
+from lamini_jax.config import MemoryConfig
+
+SHAPE = bank.row_shape(helpers.BACKBONE, MemoryConfig(layers=2, target="down_proj"))
+
+
+def random_rows(count, shape=SHAPE, seed=0):
+    return jnp.asarray(np.random.default_rng(seed).normal(size=(count, shape.floats)), jnp.float32)
+
+
+@pytest.mark.parametrize("target, widths", [("down_proj", (48, 32)), ("o_proj", (32, 32)), ("gate_proj", (32, 48))])
+def test_row_shape_is_that_of_the_target(target, widths):
+    assert bank.row_shape(helpers.BACKBONE, MemoryConfig(layers=3, target=target)) == (3, *widths)
+    assert SHAPE.floats == 2 * (48 + 32)
+
+
+def test_rows_depend_on_seed_and_id_alone():
+    rows_NR = np.asarray(bank.init(jax.random.key(0), SHAPE, 5000))
+    assert rows_NR.shape == (5000, SHAPE.floats) and rows_NR.dtype == np.float32
+    for count in (1, 100):
+        assert helpers.same_bits(bank.init(jax.random.key(0), SHAPE, count), rows_NR[:count])
+    other_NR = np.asarray(bank.init(jax.random.key(1), SHAPE, 5000))
+    assert np.unique(np.concatenate([rows_NR, other_NR]), axis=0).shape[0] == 10_000
+
+
+def test_down_starts_random_and_up_at_zero():
+    parts = bank.split(bank.init(jax.random.key(0), SHAPE, 1000), SHAPE)
+    down = np.asarray(parts["down"])
+    assert not np.asarray(parts["up"]).any()
+    assert abs(down).max() <= (3 / SHAPE.input_width) ** 0.5
+    assert down.mean() == pytest.approx(0, abs=1e-3)
+    assert down.var() == pytest.approx(1 / SHAPE.input_width, rel=0.02)
+
+
+def test_split_and_merge_are_inverse():
+    rows_BKR = random_rows(15).reshape(3, 5, -1)
+    parts = bank.split(rows_BKR, SHAPE)
+    assert parts["down"].shape == (3, 5, 2, 48) and parts["up"].shape == (3, 5, 2, 32)
+    assert helpers.same_bits(bank.merge(parts), rows_BKR)
+    assert helpers.same_bits(bank.split(bank.merge(parts), SHAPE), parts)
+    assert (parts["down"][1, 2, 1] == rows_BKR[1, 2, 48:96]).all()
+    assert (parts["up"][1, 2, 0] == rows_BKR[1, 2, 96:128]).all()
+
+
+def test_gather_gives_zeros_for_what_is_out_of_range():
+    rows_NR = random_rows(10)
+    found = bank.gather(rows_NR, jnp.array([[3, 10], [0, 2**31 - 1]]))
+    assert helpers.same_bits(found[:, 0], rows_NR[jnp.array([3, 0])])
+    assert not np.asarray(found[:, 1]).any()
+
+
+def test_gather_trained_knows_the_trained_rows_and_no_others():
+    ids_S = jnp.array([2, 5, 7, 4000], jnp.int32)
+    rows_NR = random_rows(5000)
+    asked = jnp.array([[2, 4000, 7, 5], [0, 3, 6, 4999]])
+    found = bank.gather_trained(ids_S, rows_NR[ids_S], asked)
+    assert helpers.same_bits(found[0], bank.gather(rows_NR, asked[0]))
+    assert found.shape == (2, 4, SHAPE.floats) and not np.asarray(found[1]).any()
+
+
+def test_scatter_passes_over_what_is_out_of_range():
+    rows_NR, new_UR = random_rows(10), random_rows(4, seed=1)
+    found = np.asarray(bank.scatter(rows_NR, jnp.array([7, 10, 2, 2**31 - 1]), new_UR))
+    expected = np.array(rows_NR)
+    expected[[7, 2]] = new_UR[jnp.array([0, 2])]
+    assert helpers.same_bits(found, expected)
+
+
+def test_adapter_by_hand():
+    """W x + sum_k gate_k up_k (down_k . x), in each layer and for each question."""
+    rng = np.random.default_rng(0)
+    rows_BKR, gates_BK = random_rows(6).reshape(2, 3, -1), jnp.asarray(rng.random((2, 3)), jnp.float32)
+    x_BTI = rng.normal(size=(2, 5, 48)).astype(np.float32)
+    weight_IO = rng.normal(size=(48, 32)).astype(np.float32)
+    down, up = bank.adapter(rows_BKR, gates_BK, SHAPE, "down_proj")["down_proj"]
+    for layer in range(2):
+        found = x_BTI @ weight_IO + (x_BTI @ np.swapaxes(down[layer], 1, 2)) @ np.asarray(up[layer])
+        for question in range(2):
+            expected = x_BTI[question].astype(np.float64) @ weight_IO
+            for k in range(3):
+                row = np.asarray(rows_BKR[question, k], np.float64)
+                u = row[48 * layer : 48 * (layer + 1)]
+                v = row[96 + 32 * layer : 96 + 32 * (layer + 1)]
+                expected += float(gates_BK[question, k]) * np.outer(x_BTI[question] @ u, v)
+            np.testing.assert_allclose(found[question], expected, atol=1e-4)
+
+
+@jax.jit
+def adapted_logits(params, tokens_BT, adapter):
+    hidden_BTD, _ = backbone.prefix(DECODER, params, tokens_BT)
+    hidden_BTD, _ = backbone.suffix(DECODER, params, hidden_BTD, adapter=adapter)
+    return backbone.unembed(DECODER, params, hidden_BTD)
+
+
+DECODER = backbone.Decoder(helpers.BACKBONE, 2)
+
+
+@pytest.mark.parametrize("target", ["down_proj", "o_proj"])
+def test_off_is_off(base, target):
+    """Untrained experts, and experts that serving does not keep, leave every bit of the logits as it is."""
+    shape = bank.row_shape(helpers.BACKBONE, MemoryConfig(layers=2, target=target))
+    tokens_BT = np.random.default_rng(0).integers(256, size=(3, 21)).astype(np.int32)
+    ids_BK, gates_BK = jnp.arange(24).reshape(3, 8), jnp.full((3, 8), 8**-0.5)
+    bare = adapted_logits(base.params, tokens_BT, None)
+
+    def logits(rows_BKR):
+        return np.asarray(adapted_logits(base.params, tokens_BT, bank.adapter(rows_BKR, gates_BK, shape, target)))
+
+    rows_NR = bank.init(jax.random.key(0), shape, 64)
+    assert helpers.same_bits(logits(bank.gather(rows_NR, ids_BK)), bare)
+    trained_SR = random_rows(2, shape)
+    assert helpers.same_bits(logits(bank.gather_trained(jnp.array([30, 40]), trained_SR, ids_BK)), bare)
+    # A trained expert of the second question changes that question's logits and nobody else's.
+    changed = logits(bank.gather_trained(jnp.array([12, 40]), trained_SR, ids_BK))
+    assert helpers.same_bits(changed[[0, 2]], np.asarray(bare)[[0, 2]])
+    assert (changed[1] != np.asarray(bare)[1]).any(axis=-1).all()

@@ -1,0 +1,170 @@
+"""`tune` and `ask` as their users meet them: what they print, what they leave behind, and how they end."""
+
+import json
+
+import helpers
+import pytest
+
+FACTS = helpers.some_facts(2, answer_length=3)
+FLAGS = (
+    "--config.memory.num_experts=4096",
+    "--config.router.calibration=64",
+    "--config.tuning.optimizer=adam",
+    "--config.tuning.learning_rate=0.1",
+    "--config.tuning.batch_size=2",
+)
+
+
+def error_of(result, status=2):
+    """The one line that a mistake is."""
+    assert result.returncode == status, result.stderr
+    line = result.stderr.splitlines()[-1]
+    assert line.startswith("error: ")
+    return line
+
+
+def assert_mistake(result, *told):
+    assert result.stdout == "" and result.stderr.count("\n") == 1, result.stderr
+    for part in told:
+        assert str(part) in error_of(result)
+
+
+def contents(directory):
+    return {path.relative_to(directory): path.is_file() and path.read_bytes() for path in directory.rglob("*")}
+
+
+@pytest.fixture(scope="module")
+def facts(tmp_path_factory):
+    return helpers.write_facts(tmp_path_factory.mktemp("facts") / "facts.jsonl", FACTS)
+
+
+@pytest.fixture(scope="module")
+def stopped(facts, tmp_path_factory):
+    """A work directory whose budget ended too early, and what the command said."""
+    workdir = tmp_path_factory.mktemp("run") / "below" / "workdir"
+    result = helpers.call("tune", f"--facts={facts}", f"--workdir={workdir}", "--config.tuning.epochs=1", *FLAGS)
+    return workdir, result, contents(workdir)
+
+
+@pytest.fixture(scope="module")
+def finished(facts, stopped):
+    """The same directory, gone on with until all facts hold, and what the command said."""
+    workdir, _, _ = stopped
+    result = helpers.call("tune", f"--facts={facts}", f"--workdir={workdir}", "--config.tuning.epochs=300", *FLAGS)
+    return workdir, result
+
+
+def read_lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_budget_ended(stopped):
+    _, result, files = stopped
+    told = error_of(result, status=3)
+    assert "2 of 2 facts" in told and "--config.tuning.epochs=2" in told
+    results = json.loads(next(content for path, content in files.items() if path.name == "results.json"))
+    assert results["facts"] == 2 and results["holding"] == 0 and results["epochs"] == 1
+
+
+def test_all_hold(finished):
+    workdir, result = finished
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.startswith("2 of 2 facts recalled exactly, 2 certified, after ")
+    lines = read_lines(workdir / "recall.jsonl")
+    assert [(line["question"], line["answer"]) for line in lines] == [(fact.question, fact.answer) for fact in FACTS]
+    for line in lines:
+        assert line["generated"] == line["answer"]
+        assert line["exact"] is line["certified"] is True
+        assert 0 <= line["worst_token_loss"] < 0.6932
+    results = json.loads((workdir / "results.json").read_text())
+    assert results["facts"] == results["holding"] == results["recalled"] == results["certified"] == 2
+    assert 1 < results["epochs"] < 300
+    assert {path.name for path in workdir.iterdir()} == {"config.json", "checkpoints", "recall.jsonl", "results.json"}
+
+
+def test_a_finished_directory_is_done(finished, facts):
+    workdir, _ = finished
+    before = contents(workdir)
+    result = helpers.call("tune", f"--facts={facts}", f"--workdir={workdir}", "--config.tuning.epochs=300", *FLAGS)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert "done" in result.stdout and result.stdout.count("\n") == 1
+    assert contents(workdir) == before
+
+
+def test_tune_refuses_bad_input(facts, tmp_path):
+    """One line each, and nothing is made."""
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text(facts.read_text() + "who is it\n")
+    workdir = tmp_path / "workdir"
+    for arguments, told in (
+        ([f"--facts={tmp_path / 'missing.jsonl'}"], ["missing.jsonl"]),
+        ([f"--facts={bad}"], [bad, "line 3"]),
+        ([f"--facts={facts}", "--config.memory.num_experts=8", "--config.memory.selected=9"], ["memory.selected=9"]),
+        ([f"--facts={facts}", "--config.backbone.width=64"], ["backbone.width=64"]),
+        ([f"--facts={facts}", "--config.tuning.optimizer=adamw"], ["tuning.optimizer=adamw"]),
+        ([f"--facts={facts}", "--config.router.lookup=nearest"], ["router.lookup=nearest"]),
+    ):
+        assert_mistake(helpers.call("tune", f"--workdir={workdir}", *arguments), *told)
+        assert list(tmp_path.iterdir()) == [bad]
+
+
+def test_tune_refuses_a_directory_of_another_run(finished, facts, tmp_path):
+    workdir, _ = finished
+    other = helpers.write_facts(tmp_path / "other.jsonl", FACTS[:1])
+    before = contents(workdir)
+    for arguments, told in (
+        ([f"--facts={facts}", *FLAGS, "--config.seed=1"], "config.seed: 0 -> 1"),
+        ([f"--facts={other}", *FLAGS], "facts"),
+    ):
+        result = helpers.call("tune", f"--workdir={workdir}", *arguments)
+        assert_mistake(result, f"--workdir={workdir}", told)
+    assert contents(workdir) == before
+
+
+def test_ask_prints_the_answer_alone(finished):
+    workdir, _ = finished
+    result = helpers.call("ask", f"--workdir={workdir}", f"--question={FACTS[1].question}")
+    assert (result.returncode, result.stdout) == (0, FACTS[1].answer + "\n")
+
+
+def test_ask_answers_a_file(finished, tmp_path):
+    workdir, _ = finished
+    asked = [{"question": FACTS[1].question, "id": 7}, {"question": "Who?"}, {"question": FACTS[0].question}]
+    questions, output = tmp_path / "questions.jsonl", tmp_path / "answers.jsonl"
+    questions.write_text("\n\n".join(map(json.dumps, asked)))
+    result = helpers.call("ask", f"--workdir={workdir}", f"--questions={questions}", f"--output={output}")
+    assert result.returncode == 0, result.stderr
+    answered = read_lines(output)
+    assert [{key: line[key] for key in line if key != "generated"} for line in answered] == asked
+    assert [answered[0]["generated"], answered[2]["generated"]] == [FACTS[1].answer, FACTS[0].answer]
+    assert set(tmp_path.iterdir()) == {questions, output}
+
+
+def test_ask_refuses_bad_input(stopped, facts, tmp_path):
+    workdir, _, _ = stopped
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text('{"question": "Who?"}\n{"answer": "Me"}\n')
+    (tmp_path / "empty").mkdir()
+    output = f"--output={tmp_path / 'answers.jsonl'}"
+    before = contents(tmp_path)
+    for arguments, told in (
+        ([f"--workdir={tmp_path / 'empty'}", "--question=Who?"], ["--workdir=", "no finished checkpoint"]),
+        ([f"--workdir={workdir}", "--question=Who?", f"--questions={facts}", output], ["--question", "--questions"]),
+        ([f"--workdir={workdir}"], ["--question"]),
+        ([f"--workdir={workdir}", f"--questions={facts}"], ["--output"]),
+        ([f"--workdir={workdir}", f"--questions={bad}", output], [bad, "line 2"]),
+        ([f"--workdir={workdir}", "--question= "], ["--question"]),
+        ([f"--workdir={workdir}", f"--questions={facts}", f"--output={tmp_path / 'no' / 'a'}"], ["--output="]),
+    ):
+        assert_mistake(helpers.call("ask", *arguments), *told)
+        assert contents(tmp_path) == before
+
+
+def test_ask_refuses_a_directory_without_checkpoints(finished, tmp_path):
+    """That of another command, say: it has results too."""
+    workdir, _ = finished
+    for name in ("config.json", "results.json"):
+        (tmp_path / name).write_bytes((workdir / name).read_bytes())
+    before = contents(tmp_path)
+    assert_mistake(helpers.call("ask", f"--workdir={tmp_path}", "--question=Who?"), f"{tmp_path}", "checkpoint")
+    assert contents(tmp_path) == before

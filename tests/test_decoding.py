@@ -1,0 +1,105 @@
+"""Greedy decoding with a cache returns what reading everything anew for each token would."""
+
+import helpers
+import jax
+import numpy as np
+import pytest
+
+from lamini_jax import backbone, decoding
+
+LENGTHS = np.array([3, 10, 64, 37], np.int32)
+LONGEST = 24
+
+
+@pytest.fixture(scope="module")
+def prompt_BT():
+    """Prompts of different lengths, padded with what must not be read."""
+    return np.random.default_rng(0).integers(256, size=(len(LENGTHS), 64)).astype(np.int32)
+
+
+def reading_everything_anew(base, prompt_BT, length_B, steps):
+    """The likeliest tokens, one forward pass of the whole model for each."""
+    config, params = base.decoder.config, backbone.join(base.params)
+    logits = jax.jit(lambda tokens_BT: backbone.logits(config, params, tokens_BT))
+    rows_B = np.arange(len(length_B))
+    tokens_BT = np.zeros((len(length_B), prompt_BT.shape[1] + steps), np.int32)
+    tokens_BT[:, : prompt_BT.shape[1]] = prompt_BT
+    answer_BA = np.empty((len(length_B), steps), np.int32)
+    for step in range(steps):
+        logits_BTV = np.asarray(logits(tokens_BT))
+        answer_BA[:, step] = logits_BTV[rows_B, length_B + step - 1].argmax(axis=-1)
+        tokens_BT[rows_B, length_B + step] = answer_BA[:, step]
+    return answer_BA
+
+
+@pytest.fixture(scope="module")
+def expected_BA(base, prompt_BT):
+    return reading_everything_anew(base, prompt_BT, LENGTHS, LONGEST)
+
+
+@pytest.fixture(scope="module")
+def stop_id(expected_BA):
+    """A token at which one answer stops midway, while another never stops."""
+    for token in np.unique(expected_BA[:, 2 : LONGEST // 2]):
+        stops_BA = expected_BA == token
+        if not stops_BA[:, :2].any() and not stops_BA.any(axis=1).all():
+            return int(token)
+    pytest.fail("every answer of the random backbone stops; choose another seed")
+
+
+def stopped(answer_BA, stop_id, longest):
+    """Answers of at most `longest` tokens, nothing but the stop token from the first one on."""
+    answer_BA = np.array(answer_BA)
+    for answer_A in answer_BA:
+        stops = np.flatnonzero(answer_A == stop_id)
+        answer_A[min([longest, *stops]) :] = stop_id
+    return answer_BA
+
+
+def greedy(base, prompt_BT, length_B, longest, stop_id):
+    return np.asarray(decoding.greedy(base.decoder, base.params, prompt_BT, length_B, longest, stop_id))
+
+
+def test_with_the_cache_as_without(base, prompt_BT, expected_BA, stop_id):
+    answer_BA = greedy(base, prompt_BT, LENGTHS, LONGEST, stop_id)
+    assert answer_BA.shape == (len(LENGTHS), helpers.BACKBONE.context)
+    assert (answer_BA[:, :LONGEST] == stopped(expected_BA, stop_id, LONGEST)).all()
+
+
+def test_nothing_after_the_stop_token(base, prompt_BT, stop_id):
+    answer_BA = greedy(base, prompt_BT, LENGTHS, LONGEST, stop_id)
+    lengths = [np.flatnonzero(answer_A == stop_id)[0] for answer_A in answer_BA]
+    assert min(lengths) < LONGEST == max(lengths)
+    for answer_A, length in zip(answer_BA, lengths, strict=True):
+        assert (answer_A[length:] == stop_id).all()
+
+
+def test_at_most_longest_tokens_and_one_compilation_for_all(base, prompt_BT, expected_BA, stop_id):
+    greedy(base, prompt_BT, LENGTHS, LONGEST, stop_id)
+    compilations = decoding.greedy._cache_size()
+    for longest in (1, 2, 13):
+        answer_BA = greedy(base, prompt_BT, LENGTHS, longest, stop_id)
+        assert (answer_BA[:, :LONGEST] == stopped(expected_BA, stop_id, longest)).all()
+        assert (answer_BA[:, LONGEST:] == stop_id).all()
+    assert decoding.greedy._cache_size() == compilations
+
+
+def test_padding_is_never_read(base, prompt_BT, stop_id):
+    before_BA = greedy(base, prompt_BT, LENGTHS, LONGEST, stop_id)
+    padding_BT = np.arange(prompt_BT.shape[1]) >= LENGTHS[:, None]
+    after_BA = greedy(base, np.where(padding_BT, 255 - prompt_BT, prompt_BT), LENGTHS, LONGEST, stop_id)
+    assert (after_BA == before_BA).all()
+
+
+def test_a_long_neighbour_takes_no_room_from_an_answer(base, prompt_BT, stop_id):
+    """Each answer may be as long as the context leaves room beside its own prompt."""
+    context = helpers.BACKBONE.context
+    lengths = np.array([3, 10, 64, context - 5], np.int32)
+    wide_BT = np.tile(prompt_BT, (1, context // prompt_BT.shape[1]))
+    answer_BA = greedy(base, wide_BT, lengths, context, stop_id)
+    for row, length in enumerate(lengths):
+        alone_BA = greedy(
+            base, np.tile(wide_BT[row], (len(lengths), 1)), np.full_like(lengths, length), context, stop_id
+        )
+        assert (answer_BA[row] == alone_BA[0]).all()
+        assert (answer_BA[row, context - length :] == stop_id).all()
