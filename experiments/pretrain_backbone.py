@@ -23,7 +23,7 @@ from lamini_jax.data.tokenizer import ByteTokenizer
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where the weights and results.json go.", required=True)
 _OUTPUT = flags.DEFINE_string("output", "", "Where the weights go instead of the work directory.")
-_STEPS = flags.DEFINE_multi_integer("steps", [3_500, 700], "Training steps of each course.", lower_bound=1)
+_STEPS = flags.DEFINE_integer("steps", 3_500, "Training steps.", lower_bound=1)
 _BATCH = flags.DEFINE_integer("batch", 16, "Sequences per step, each as long as the context.", lower_bound=1)
 
 SEED = 0
@@ -33,11 +33,11 @@ HELD_OUT = 60  # held-out questions of each kind, fewer where it has fewer
 QUESTION_WEIGHT = 0.1
 
 
-def packed_batches(config: BackboneConfig, batch: int, steps: int, course: int):
+def packed_batches(config: BackboneConfig, batch: int, steps: int):
     """Token and weight arrays (batch, context + 1) for each step: documents one after another, cut where a row ends."""
     tokenizer = ByteTokenizer()
-    stream = world.training_stream(SEED, course)
-    once = world.once(ONCE, SEED) if course == 0 else []
+    stream = world.training_stream(SEED)
+    once = world.once(ONCE, SEED)
     size = batch * (config.context + 1)
     tokens, weights = [], []
     for step in range(steps):
@@ -68,10 +68,15 @@ def optimizer(steps: int) -> optax.GradientTransformation:
     return optax.chain(optax.clip_by_global_norm(1.0), transformation)
 
 
-def train(config: BackboneConfig, params: backbone.Params | None, batch: int, steps: int, course: int):
-    """Whole parameters after one course, from random ones or from those that the course before left."""
+def train(config: BackboneConfig, batch: int, steps: int) -> backbone.Params:
+    """Whole parameters after `steps` steps."""
     decoder = backbone.Decoder(config, memory_layers=1)
     tx = optimizer(steps)
+
+    @jax.jit
+    def start():
+        params = backbone.init(decoder, jax.random.key(SEED))
+        return params, tx.init(params)
 
     @jax.jit
     def step(params, state, tokens_BT, weights_BT):
@@ -86,20 +91,14 @@ def train(config: BackboneConfig, params: backbone.Params | None, batch: int, st
         updates, state = tx.update(gradients, state, params)
         return optax.apply_updates(params, updates), state, answer_loss
 
-    if params is None:
-        params = jax.jit(backbone.init, static_argnums=0)(decoder, jax.random.key(SEED))
-    else:
-        params = backbone.cut(params, 1)
-    state = jax.jit(tx.init)(params)
+    params, state = start()
     started = time.time()
-    for number, (tokens_BT, weights_BT) in enumerate(packed_batches(config, batch, steps, course), 1):
+    for number, (tokens_BT, weights_BT) in enumerate(packed_batches(config, batch, steps), 1):
         params, state, loss = step(params, state, tokens_BT, weights_BT)
         if number % 50 == 0 or number == steps:
             elapsed = time.time() - started
             left = elapsed / number * (steps - number) / 60
-            print(
-                f"course {course + 1}, step {number}/{steps}  answer loss {loss:.4f}  {left:.0f} min left", flush=True
-            )
+            print(f"step {number}/{steps}  answer loss {loss:.4f}  {left:.0f} min left", flush=True)
     return backbone.join(params)
 
 
@@ -116,9 +115,7 @@ def main() -> None:
     config = BackboneConfig()
     directory = command.open_workdir(_WORKDIR.value, {"steps": _STEPS.value, "batch": _BATCH.value})
     started = time.time()
-    params = None
-    for course, steps in enumerate(_STEPS.value):
-        params = train(config, params, _BATCH.value, steps, course)
+    params = train(config, _BATCH.value, _STEPS.value)
     seconds = round(time.time() - started)
     path = _OUTPUT.value or str(directory / "tiny.safetensors")
     backbone.save(path, config, params)
