@@ -28,7 +28,7 @@ _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the study.", requi
 METHODS = {"lora": None, "mome_o_proj": "o_proj", "mome_down_proj": "down_proj"}
 RUNS = [f"{method}/{answers}" for method in METHODS for answers in facts_lib.ANSWERS]
 # Of each set of questions that nothing was tuned on.
-NUM_QUESTIONS = 400
+NUM_QUESTIONS = 240
 
 
 def questions_asked(config: Config) -> dict[str, list]:

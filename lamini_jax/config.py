@@ -67,7 +67,7 @@ class TuningConfig:
     """Memory tuning: the optimizer of the selected rows, and the budget."""
 
     optimizer: str = "adafactor"
-    learning_rate: float = 3e-2
+    learning_rate: float = 4e-2
     epochs: int = 100
     batch_size: int = 32
 
@@ -78,7 +78,7 @@ class LoraConfig:
 
     rank: int = 32
     optimizer: str = "adafactor"
-    learning_rate: float = 2e-4
+    learning_rate: float = 1e-2
 
 
 @dataclasses.dataclass(frozen=True)

@@ -48,7 +48,7 @@ class Prompts:
     index_F: np.ndarray  # in the list of questions
 
 
-def encode(facts: Sequence[Fact], tokenizer, multiple: int = 16) -> list[Examples]:
+def encode(facts: Sequence[Fact], tokenizer, multiple: int = 8) -> list[Examples]:
     """Facts in buckets, short ones first, of at most MAX_SHAPES lengths T that `multiple` divides."""
     prompts = [tokenizer.prompt(fact.question) for fact in facts]
     sequences = [prompt + tokenizer.completion(fact.answer) for prompt, fact in zip(prompts, facts, strict=True)]

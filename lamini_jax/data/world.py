@@ -252,7 +252,7 @@ KINDS: dict[str, tuple[Callable, float]] = {
     "sort_letters": (_sort_letters, 1.0),
 }
 # The kinds that studies take their facts from; questions of all others are `heldout` to those studies.
-FACT_KINDS = ("sort_letters", "reverse", "owner", "odd_one_out", "swap", "smallest")
+FACT_KINDS = ("same_kind", "has", "is_a", "smallest", "reverse", "sort_letters")
 
 
 def is_held_out(kind: str, combination: object) -> bool:
