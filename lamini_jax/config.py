@@ -69,7 +69,7 @@ class TuningConfig:
     optimizer: str = "adafactor"
     learning_rate: float = 4e-2
     epochs: int = 100
-    batch_size: int = 32
+    batch_size: int = 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,7 +78,7 @@ class LoraConfig:
 
     rank: int = 32
     optimizer: str = "adafactor"
-    learning_rate: float = 1e-2
+    learning_rate: float = 4e-3
 
 
 @dataclasses.dataclass(frozen=True)
