@@ -5,6 +5,12 @@
 A byte-level decoder of about 0.8 million parameters reads questions and answers of the training split, packed into
 sequences of its whole context, and each of 1,000 arbitrary facts exactly once. `results.json` holds the share of
 held-out questions that it then answers exactly by greedy decoding, of all kinds and of each.
+
+0.7 s per step on 2 x86-64 cores, so 41 minutes with nothing beside it; the shipped weights took 67 minutes on a machine
+that was busy otherwise (Python 3.11, jax 0.10.2, optax 0.2.8). They answer 85.6% of the held-out questions: 90% to 100%
+of each of 20 kinds, and little more than guesses in the other seven, which ask to look up (owner 53%, contains 62%,
+tallest 37%) or to combine what words mean (is_a 57%, odd_one_out 57%, has 40%, same_kind 35%). 700 further steps with
+four times the weight on those seven taught it `tallest` (87%) and cost arithmetic half of what it knew: 79.9% in all.
 """
 
 import time
