@@ -14,8 +14,8 @@ import optax
 from lamini_jax import bank
 
 
-def make(name: str, learning_rate: float) -> optax.GradientTransformation:
-    """Adafactor as the paper uses it (appendix A: a fixed learning rate, no scaling by the parameters), Adam or SGD."""
+def make(name: str, learning_rate: optax.ScalarOrSchedule) -> optax.GradientTransformation:
+    """Adafactor as the paper uses it (appendix A: a rate of our own, no scaling by the parameters), Adam or SGD."""
     if name == "adafactor":
         return optax.adafactor(learning_rate, multiply_by_parameter_scale=False)
     return {"adam": optax.adam, "sgd": optax.sgd}[name](learning_rate)

@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import tqdm
 
 from lamini_jax import bank, checkpoint, lora, model, recall, router, row_optimizer, tuning
@@ -98,7 +99,11 @@ def tune_memory(
 
 def tune_lora(config: Config, base: model.Base, facts: Sequence[Fact], directory: Path, title: str) -> Tuned:
     """The baseline: one LoRA on every linear layer."""
-    tx = row_optimizer.make(config.lora.optimizer, config.lora.learning_rate)
+    examples = batches.encode(facts, base.tokenizer)
+    steps = sum(1 for _ in batches.epoch_batches(examples, config.tuning.batch_size, config.seed, 0))
+    # Down to zero: at a fixed rate that is high enough to memorize, training blows up again once losses are near zero.
+    schedule = optax.linear_schedule(config.lora.learning_rate, 0.0, config.tuning.epochs * steps)
+    tx = row_optimizer.make(config.lora.optimizer, schedule)
     adapters = lora.init(base.decoder, config.lora.rank, jax.random.fold_in(jax.random.key(config.seed), 3))
     state = tuning.LoraState(adapters, tx.init(adapters))
     checkpoints = checkpoint.Checkpoints(directory)
@@ -106,7 +111,6 @@ def tune_lora(config: Config, base: model.Base, facts: Sequence[Fact], directory
     log = tuning.new_log(len(facts))
     if saved is not None:
         state, log = checkpoint.like(state, saved[0]["leaves"]), saved[1]
-    examples = batches.encode(facts, base.tokenizer)
     prepared = tuning.Facts(examples, tuning.lora_buckets(examples))
     method = tuning.lora_method(base.decoder, tx)
 
