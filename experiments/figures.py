@@ -25,7 +25,7 @@ COLOURS = {"true": "tab:blue", "random": "tab:orange"}
 def randomization(results: dict, path: Path) -> None:
     """Loss against epoch: LoRA as in Figure 1, memory experts as in Figure 5, the paper's points beside each."""
     panels = {"Figure 1": ("LoRA", ["lora"]), "Figure 5": ("memory experts", ["mome_down_proj", "mome_o_proj"])}
-    figure, axes = plt.subplots(1, 2, figsize=(12, 4.5), layout="constrained")
+    figure, axes = plt.subplots(1, 2, figsize=(12, 5.5), layout="constrained")
     for axis, (title, (label, methods)) in zip(axes, panels.items(), strict=True):
         for answers, colour in COLOURS.items():
             for method, style in zip(methods, ("-", "--"), strict=False):
@@ -39,7 +39,7 @@ def randomization(results: dict, path: Path) -> None:
             )
         axis.set(title=f"{title}: {label}", xlabel="epoch", ylabel="loss (nats per answer token)", yscale="log")
         axis.grid(alpha=0.3)
-        axis.legend(fontsize="small")
+        axis.legend(fontsize="small", loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=len(methods) + 1)
     facts, memory = results["facts"], results["memory"]
     figure.suptitle(
         f"{facts['count']} facts memorized, {memory['selected']} of {memory['num_experts']:,} experts each "

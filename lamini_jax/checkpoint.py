@@ -7,6 +7,7 @@ and the keys are functions of the seed; a checksum shows that they came out the 
 
 import contextlib
 import errno
+import math
 import os
 import time
 from pathlib import Path
@@ -22,7 +23,7 @@ from lamini_jax.errors import UserError
 
 # Saving may take this share of the time of a run; a run so short that it would take more saves less often.
 _SHARE = 0.1
-_SECONDS = 5.0
+_SECONDS = 15.0
 
 # The fields of tuning.Log: arrays go to Orbax, the rest to JSON.
 _LOSSES = ("total_F", "worst_F", "likeliest_F")
@@ -36,7 +37,7 @@ class Checkpoints:
         self._directory = directory
         options = ocp.CheckpointManagerOptions(max_to_keep=2, create=True)
         self._manager = ocp.CheckpointManager(directory.absolute(), options=options)
-        self._saved_at, self._cost = time.monotonic(), 0.0
+        self._saved_at, self._cost = -math.inf, 0.0  # the first epoch is saved at once
 
     def save(self, tree: Any, log: tuning.Log, extra: dict[str, Any]) -> None:
         """Saves in the background, once per epoch; `extra` is JSON. Raises UserError if a save failed (a full disk)."""
