@@ -285,7 +285,7 @@ def load(path: str) -> tuple[BackboneConfig, Params]:
         with safe_open(path, framework="numpy") as file:
             config = BackboneConfig(**json.loads(file.metadata()["backbone"]))
             flat = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-    except (OSError, SafetensorError, TypeError, KeyError) as error:
+    except (OSError, SafetensorError, TypeError, KeyError, ValueError) as error:
         raise UserError(f"{path}: is not a backbone saved by lamini_jax ({error})") from error
     return config, unflatten_dict({tuple(name.split("/")): value for name, value in flat.items()})
 

@@ -8,7 +8,16 @@ from pathlib import Path
 import pytest
 
 from lamini_jax import config as config_lib
-from lamini_jax.config import BackboneConfig, Config, MemoryConfig, from_config_dict, to_config_dict
+from lamini_jax.config import (
+    BackboneConfig,
+    Config,
+    LoraConfig,
+    MemoryConfig,
+    RouterConfig,
+    TuningConfig,
+    from_config_dict,
+    to_config_dict,
+)
 from lamini_jax.errors import UserError
 
 
@@ -38,7 +47,15 @@ def test_config_files_agree_with_their_presets():
         (Config(memory=MemoryConfig(num_experts=8, selected=9)), "memory.selected"),
         (Config(memory=MemoryConfig(selected=0)), "memory.selected"),
         (Config(memory=MemoryConfig(layers=5)), "memory.layers"),
+        (Config(memory=MemoryConfig(layers=4)), "memory.layers"),
         (Config(memory=MemoryConfig(target="q_proj")), "memory.target"),
+        (Config(router=RouterConfig(lookup="nearest")), "router.lookup"),
+        (Config(router=RouterConfig(ridge=0.0)), "router.ridge"),
+        (Config(router=RouterConfig(calibration=0)), "router.calibration"),
+        (Config(tuning=TuningConfig(optimizer="adamw")), "tuning.optimizer"),
+        (Config(tuning=TuningConfig(learning_rate=float("nan"))), "tuning.learning_rate"),
+        (Config(tuning=TuningConfig(epochs=0)), "tuning.epochs"),
+        (Config(lora=LoraConfig(rank=0)), "lora.rank"),
         (Config(backbone=BackboneConfig(num_heads=4, num_kv_heads=3)), "backbone.num_kv_heads"),
         (Config(backbone=BackboneConfig(dtype="float16")), "backbone.dtype"),
         (Config(seed=-1), "seed"),
