@@ -64,7 +64,7 @@ def prompts(questions: Sequence[str], tokenizer) -> list[Prompts]:
     """The prompts of some questions, in buckets of PROMPT_LENGTHS (then its doubles)."""
     sequences = [tokenizer.prompt(question) for question in questions]
     widths = list(PROMPT_LENGTHS)
-    while widths[-1] < max(map(len, sequences)):
+    while widths[-1] < max(map(len, sequences), default=0):
         widths.append(2 * widths[-1])
     return [Prompts(*bucket) for bucket in _buckets(sequences, widths, tokenizer.pad_id)]
 
