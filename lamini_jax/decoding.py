@@ -19,7 +19,7 @@ def greedy(
     """
     config, batch = decoder.config, prompt_BT.shape[0]
     slots = max(config.context, prompt_BT.shape[1])
-    longest = jnp.minimum(longest, slots - jnp.max(length_B))
+    room_B = jnp.minimum(longest, slots - length_B)
     prefix_cache = backbone.empty_cache(config, config.num_layers - decoder.memory_layers, batch, slots)
     suffix_cache = backbone.empty_cache(config, decoder.memory_layers, batch, slots)
 
@@ -32,7 +32,7 @@ def greedy(
 
     def proceed(state):
         step, token_B, answer_BA, _ = state
-        return (step < longest) & jnp.any(token_B != stop_id)
+        return (step < slots) & jnp.any(token_B != stop_id)
 
     def advance(state):
         step, token_B, answer_BA, caches = state
@@ -40,7 +40,8 @@ def greedy(
         # A prompt's padding is overwritten before anything may look at it.
         positions_B1 = (length_B + step)[:, None]
         following_B, caches = next_token(token_B[:, None], positions_B1, jnp.zeros_like(length_B), caches)
-        return step + 1, jnp.where(token_B == stop_id, stop_id, following_B), answer_BA, caches
+        complete_B = (token_B == stop_id) | (step + 1 >= room_B)
+        return step + 1, jnp.where(complete_B, stop_id, following_B), answer_BA, caches
 
     positions_BT = jnp.broadcast_to(jnp.arange(prompt_BT.shape[1]), prompt_BT.shape)
     token_B, caches = next_token(prompt_BT, positions_BT, length_B - 1, (prefix_cache, suffix_cache))

@@ -18,6 +18,7 @@ from lamini_jax import bank, checkpoint, lora, model, recall, router, row_optimi
 from lamini_jax.config import Config
 from lamini_jax.data import batches
 from lamini_jax.data.facts import Fact
+from lamini_jax.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,7 +133,9 @@ def recalled(base: model.Base, speak: recall.Speaker, facts: Sequence[Fact]) -> 
 
 def load_memory(config: Config, directory: Path) -> Memory:
     """The tuned memory of a finished run."""
-    saved = checkpoint.Checkpoints(directory).latest()
+    saved = checkpoint.Checkpoints(directory).latest() if directory.is_dir() else None
+    if saved is None:
+        raise UserError(f"{directory}: has no finished checkpoint; finish python -m lamini_jax.tune first")
     return Memory(_routing(config, saved), jnp.asarray(saved[0]["expert_ids_S"]), jnp.asarray(saved[0]["rows_SR"]))
 
 

@@ -59,6 +59,15 @@ def test_needles_at_the_edges_of_blocks(num_keys):
         np.testing.assert_array_equal(ids_BK, [needles[::-1][:k]])
 
 
+def test_equal_keys_in_blocks_of_different_maxima():
+    """Neither the best block nor the first one decides about equals in both: their ids do."""
+    keys_NC = np.zeros((2304, 1), np.float32)
+    keys_NC[[2000, 300], 0] = 3, 2
+    keys_NC[[2001, 301, 302, 700], 0] = 1
+    for k, expected in ((6, [2000, 300, 301, 302, 700, 2001]), (8, [2000, 300, 301, 302, 700, 2001, 0, 1])):
+        np.testing.assert_array_equal(exact(keys_NC, np.ones((1, 1), np.float32), k)[0], [expected])
+
+
 def test_all_of_the_best_in_one_block():
     keys_NC = np.linspace(1, 0, 4099, dtype=np.float32)[:, None]
     np.testing.assert_array_equal(exact(keys_NC, np.ones((1, 1), np.float32), 9)[0], [np.arange(9)])
