@@ -2,7 +2,7 @@
 
 A row holds the M down vectors (of the target's input width I), then the M up vectors (of its output width O). Up
 vectors start at zero: an expert that nobody has trained adds exactly nothing. Down vectors start as random signs, which
-tell inputs apart as well as Gaussian numbers do and cost a bit each: a bank of 2^20 rows is made three times faster.
+project as well as Gaussian numbers do (Achlioptas 2003) and cost one random bit each.
 """
 
 import functools
