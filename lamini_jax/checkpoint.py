@@ -7,6 +7,7 @@ and the keys are functions of the seed; a checksum shows that they came out the 
 
 import contextlib
 import errno
+import logging
 import math
 import os
 import time
@@ -20,6 +21,9 @@ import orbax.checkpoint as ocp
 
 from lamini_jax import tuning
 from lamini_jax.errors import UserError
+
+# What Orbax logs it also raises, and what it raises becomes one line below: no traceback of its threads beside it.
+logging.getLogger("absl").addFilter(lambda record: "orbax" not in record.pathname)
 
 # Saving may take this share of the time of a run; a run so short that it would take more saves less often.
 _SHARE = 0.1
