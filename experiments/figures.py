@@ -47,3 +47,23 @@ def randomization(results: dict, path: Path) -> None:
     )
     figure.savefig(path, dpi=120)
     plt.close(figure)
+
+
+def routing_throughput(rows: list[dict], path: Path) -> None:
+    """Queries per second against N, one panel per batch, with the ceiling of the flat lookups."""
+    batches = sorted({row["batch"] for row in rows})
+    names = [name for name in dict.fromkeys(row["lookup"] for row in rows) if name != "gather"]
+    figure, axes = plt.subplots(1, len(batches), figsize=(5 * len(batches), 5), squeeze=False, layout="constrained")
+    for axis, batch in zip(axes[0], batches, strict=True):
+        for name in names:
+            points = [row for row in rows if row["batch"] == batch and row["lookup"] == name]
+            style = {"matmul_max": "k:", "exact": "o-", "product": "s-", "approximate": "^-"}.get(name, "x--")
+            label = "ceiling: matmul and max" if name == "matmul_max" else name
+            numbers = [row["num_experts"] for row in points], [row["queries_per_second"] for row in points]
+            axis.plot(*numbers, style, label=label)
+        axis.set(title=f"batch {batch}", xlabel="experts N", ylabel="queries/s", xscale="log", yscale="log")
+        axis.grid(alpha=0.3)
+    axes[0][0].legend(fontsize="small")
+    figure.suptitle(f"top {rows[0]['selected']} of N keys of width {rows[0]['key_width']}, {rows[0]['device']}")
+    figure.savefig(path, dpi=120)
+    plt.close(figure)

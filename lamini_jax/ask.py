@@ -4,9 +4,10 @@
     python -m lamini_jax.ask --workdir=DIR --questions=FILE.jsonl --output=OUT.jsonl
 
 The first prints the answer alone. The second answers a file of lines {"question": "..."} and writes them to OUT.jsonl
-with "generated" added to each.
+with "generated" added to each. --lookup=approximate finds experts faster on a TPU and misses some of them.
 """
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from lamini_jax.errors import UserError
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory that `lamini_jax.tune` has finished with.", required=True)
 _QUESTION = flags.DEFINE_string("question", None, "One question.")
 _QUESTIONS = flags.DEFINE_string("questions", None, "JSONL file with many.")
+_LOOKUP = flags.DEFINE_enum("lookup", None, ["approximate"], "Instead of the exact lookup that tuned.")
 _OUTPUT = flags.DEFINE_string("output", None, "Where the answers to --questions go.")
 
 
@@ -34,6 +36,8 @@ def main() -> None:
             f"--workdir={directory}: has no finished checkpoint; finish python -m lamini_jax.tune in it first"
         )
     config = from_config_dict(json.loads((directory / "config.json").read_text())["config"])
+    if _LOOKUP.value and config.router.lookup != "exact":
+        raise UserError(f"--lookup={_LOOKUP.value}: this memory was tuned with {config.router.lookup} keys")
     base = model.load_base(config)
     context = config.backbone.context
     if _QUESTION.value is not None:
@@ -43,7 +47,10 @@ def main() -> None:
         records = read_questions(_QUESTIONS.value, base.tokenizer, context)
         if not Path(_OUTPUT.value).absolute().parent.is_dir():
             raise UserError(f"--output={_OUTPUT.value}: its directory does not exist")
-    speak = runs.answer_with(base, runs.load_memory(config, directory / "checkpoints"), config)
+    memory = runs.load_memory(config, directory / "checkpoints")
+    if _LOOKUP.value:
+        memory = dataclasses.replace(memory, routing=memory.routing.replace(lookup=_LOOKUP.value))
+    speak = runs.answer_with(base, memory, config)
     generated = recall.answers(base, speak, [record["question"] for record in records])
     if _QUESTION.value is not None:
         print(generated[0])

@@ -101,9 +101,9 @@ def checksum(array) -> int:
     return int(jnp.sum(bits * (2 * places + 1), dtype=jnp.uint32))
 
 
-def verify(keys_NC, expected: int) -> None:
+def verify(keys, expected: int) -> None:
     """Raises UserError if keys made from the seed are not those that a checkpoint was trained with."""
-    if checksum(keys_NC) != expected:
+    if checksum(keys) != expected:
         raise UserError("this version of jax makes other random keys from the same seed; use the one that tuned")
 
 

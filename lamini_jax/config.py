@@ -19,7 +19,7 @@ CERTIFIED_LOSS = math.log(2)
 CERTIFIED_LOSS_BFLOAT16 = 0.576
 
 TARGETS = ("o_proj", "down_proj")
-LOOKUPS = ("exact",)
+LOOKUPS = ("exact", "product")  # those that always find the same experts, which training needs
 OPTIMIZERS = ("adafactor", "adam", "sgd")
 
 
@@ -143,7 +143,7 @@ def _build(cls, values, path):
 
 
 def _check(config: Config) -> None:
-    backbone, memory = config.backbone, config.memory
+    backbone, memory, product = config.backbone, config.memory, config.router.lookup == "product"
     checks = (
         (memory.num_experts >= 1, "memory.num_experts", "must be at least 1"),
         (1 <= memory.selected <= memory.num_experts, "memory.selected", "must be between 1 and memory.num_experts"),
@@ -153,6 +153,12 @@ def _check(config: Config) -> None:
         (backbone.dtype in ("float32", "bfloat16"), "backbone.dtype", "must be float32 or bfloat16"),
         (config.router.lookup in LOOKUPS, "router.lookup", f"must be one of {', '.join(LOOKUPS)}"),
         (config.router.key_width >= 1, "router.key_width", "must be at least 1"),
+        (not product or config.router.key_width % 2 == 0, "router.key_width", "must be even for product keys"),
+        (
+            not product or math.isqrt(memory.num_experts) ** 2 == memory.num_experts,
+            "memory.num_experts",
+            "must be a square for product keys",
+        ),
         (config.router.calibration >= 2, "router.calibration", "must be at least 2"),
         (0 < config.router.ridge < math.inf, "router.ridge", "must be positive"),
         (0 <= config.router.learning_rate < math.inf, "router.learning_rate", "must not be negative"),

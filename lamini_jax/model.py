@@ -1,7 +1,7 @@
 """Lamini-1: the frozen backbone, the router and the bank put together.
 
 question ──prefix (frozen)──┬─────────────── hidden_BTD ──────────────► suffix (frozen + adapter) ──► logits_BTV
-                            └► pool ► query_BC ► lookup(keys_NC) ► expert_ids_BK, gates_BK
+                            └► pool ► query_BC ► lookup(keys)    ► expert_ids_BK, gates_BK
                                                       └► gather rows_BKR from the bank ──────────┘
 """
 
@@ -79,12 +79,16 @@ def make_router(config: Config, base: Base, questions: list[str]) -> router.Rout
 
 
 def select_all(base: Base, routing: router.Router, questions: list[str], num_selected: int) -> np.ndarray:
-    """expert_ids_FK of many questions."""
+    """expert_ids_FK of many questions. Raises UserError if one of them has none, for NaN."""
     prompts = batches.prompts(questions, base.tokenizer)
-    return _over(
+    expert_ids_FK = _over(
         prompts,
         lambda tokens, lengths: select(base.decoder, base.params, routing, tokens, lengths, num_selected).expert_ids_BK,
     )
+    refused = np.flatnonzero(expert_ids_FK[:, 0] == routing.num_experts)
+    if refused.size:
+        raise UserError(f"the backbone or the router makes NaN of the question {questions[refused[0]]!r}")
+    return expert_ids_FK
 
 
 def _over(prompts: list[batches.Prompts], function) -> np.ndarray:

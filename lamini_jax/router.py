@@ -2,10 +2,11 @@
 
 The feature is the mean of the frozen prefix's hidden states over the question. Those means are nearly parallel for
 different questions, so they are whitened with the covariance of a calibration set; without that, look-alike questions
-would share almost all their experts.
+would share almost all their experts. For product keys, a query is two queries, one for each table of half-keys.
 """
 
 import functools
+import math
 
 import flax
 import jax
@@ -19,6 +20,8 @@ from lamini_jax.config import Config, RouterConfig
 # How sharply the training objective weighs the nearest neighbours of a query over the others.
 _SHARPNESS = 8.0
 _BATCH = 256
+# The parts of a query, each of which has keys of its own.
+_PARTS = {"exact": 1, "approximate": 1, "product": 2}
 
 
 @flax.struct.dataclass
@@ -27,7 +30,12 @@ class Router:
 
     mean_D: jax.Array
     transform_DC: jax.Array  # whitening and projection in one
-    keys_NC: jax.Array
+    keys: jax.Array  # keys_NC, or for product keys half_keys_2SC
+    lookup: str = flax.struct.field(pytree_node=False, default="exact")
+
+    @property
+    def num_experts(self) -> int:
+        return self.keys.shape[1] ** 2 if self.lookup == "product" else self.keys.shape[0]
 
 
 @flax.struct.dataclass
@@ -45,30 +53,35 @@ def pool(hidden_BTD, length_B):
     return jnp.sum(hidden_BTD / rms_BT1 * mask_BT1, axis=1) / length_B[:, None]
 
 
-def query(mean_D, transform_DC, feature_BD):
-    """query_BC of unit length, in full float32."""
+def query(mean_D, transform_DC, feature_BD, lookup: str):
+    """query_BC of unit length, in full float32; for product keys, both halves weigh the same."""
     centred_BD = feature_BD - mean_D[None]
     query_BC = jnp.einsum("BD,DC->BC", centred_BD, transform_DC, precision=jax.lax.Precision.HIGHEST)
-    return query_BC / (jnp.linalg.norm(query_BC, axis=-1, keepdims=True) + 1e-6)
+    query_BHC = query_BC.reshape(query_BC.shape[0], _PARTS[lookup], -1)
+    query_BHC = query_BHC / (jnp.linalg.norm(query_BHC, axis=-1, keepdims=True) + 1e-6)
+    return query_BHC.reshape(query_BC.shape) * _PARTS[lookup] ** -0.5
 
 
 def select(router: Router, feature_BD, num_selected: int) -> Selection:
     """The experts whose keys lie nearest. Gates are equal: each of K experts weighs 1/sqrt(K)."""
     with jax.named_scope("lookup"):
-        query_BC = query(router.mean_D, router.transform_DC, feature_BD)
-        expert_ids_BK, _ = lookup.exact(router.keys_NC, query_BC, num_selected)
+        query_BC = query(router.mean_D, router.transform_DC, feature_BD, router.lookup)
+        expert_ids_BK, _ = lookup.FIND[router.lookup](router.keys, query_BC, num_selected)
     return Selection(expert_ids_BK, jnp.full(expert_ids_BK.shape, num_selected**-0.5))
 
 
 def keys(config: Config):
-    """keys_NC, a function of the seed: random directions of unit length, so that none is favoured for being long."""
-    return _keys(jax.random.fold_in(jax.random.key(config.seed), 4), config.memory.num_experts, config.router.key_width)
+    """keys_NC (or half_keys_2SC with N = S^2), a function of the seed: random directions, all of one length."""
+    num_experts, key_width = config.memory.num_experts, config.router.key_width
+    product = config.router.lookup == "product"
+    shape = (2, math.isqrt(num_experts), key_width // 2) if product else (num_experts, key_width)
+    return _keys(jax.random.fold_in(jax.random.key(config.seed), 4), shape)
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2))
-def _keys(key, num_experts: int, key_width: int):
-    keys_NC = jax.random.normal(key, (num_experts, key_width))
-    return keys_NC / jnp.linalg.norm(keys_NC, axis=-1, keepdims=True)
+@functools.partial(jax.jit, static_argnums=1)
+def _keys(key, shape: tuple[int, ...]):
+    directions = jax.random.normal(key, shape)
+    return directions / jnp.linalg.norm(directions, axis=-1, keepdims=True)
 
 
 def whitening(features_QD: np.ndarray, ridge: float) -> tuple[np.ndarray, np.ndarray]:
@@ -95,9 +108,10 @@ def train(config: Config, features_QD: np.ndarray) -> Router:
     tx = optax.adam(c.learning_rate)
 
     def loss(projection_DC, feature_BD):
-        query_BC = query(mean_D, white_DD @ projection_DC, feature_BD)
-        cosine_BB = query_BC @ query_BC.T - 2 * jnp.eye(batch)
-        return jnp.mean(jax.nn.logsumexp(_SHARPNESS * cosine_BB, axis=-1))
+        query_BC = query(mean_D, white_DD @ projection_DC, feature_BD, c.lookup)
+        query_BHC = query_BC.reshape(batch, _PARTS[c.lookup], -1)  # each part has to keep questions apart by itself
+        cosine_HBB = jnp.einsum("BHC,XHC->HBX", query_BHC, query_BHC) * _PARTS[c.lookup] - 2 * jnp.eye(batch)[None]
+        return jnp.mean(jax.nn.logsumexp(_SHARPNESS * cosine_HBB, axis=-1))
 
     @jax.jit
     def step(projection_DC, state, feature_BD):
@@ -108,7 +122,7 @@ def train(config: Config, features_QD: np.ndarray) -> Router:
     order = np.random.default_rng((config.seed, 1)).permutation(len(features_QD))
     for start in range(0, len(order) - batch + 1, batch):
         projection_DC, state = step(projection_DC, state, features_QD[order[start : start + batch]])
-    return Router(jnp.asarray(mean_D), jnp.asarray(white_DD @ projection_DC), keys(config))
+    return Router(jnp.asarray(mean_D), jnp.asarray(white_DD @ projection_DC), keys(config), c.lookup)
 
 
 def spread(expert_ids_FK: np.ndarray, num_experts: int) -> dict[str, float]:

@@ -92,7 +92,7 @@ def tune_memory(
     examples = batches.encode(facts, base.tokenizer)
     prepared = tuning.Facts(examples, tuning.memory_buckets(base, examples, slots_FK))
     method = tuning.memory_method(base.decoder, shape, config.memory.target, tx)
-    extra = {"keys": checkpoint.checksum(routing.keys_NC)}
+    extra = {"keys": checkpoint.checksum(routing.keys)}
     loop = _Loop(config, base, facts, checkpoints, title, keep, extra, speaker, until_all_hold)
     state = _run(loop, method, state, prepared, log)
     return Tuned(log, speaker(state), log.worst_F < tuning.certified_loss(config.backbone.dtype))
@@ -159,9 +159,10 @@ def _bank_key(config: Config) -> jax.Array:
 
 def _routing(config: Config, saved) -> router.Router:
     tree, _, extra = saved
-    keys_NC = router.keys(config)
-    checkpoint.verify(keys_NC, extra["keys"])
-    return router.Router(jnp.asarray(tree["mean_D"]), jnp.asarray(tree["transform_DC"]), keys_NC)
+    keys = router.keys(config)
+    checkpoint.verify(keys, extra["keys"])
+    transform_DC = jnp.asarray(tree["transform_DC"])
+    return router.Router(jnp.asarray(tree["mean_D"]), transform_DC, keys, config.router.lookup)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,6 +12,9 @@ from lamini_jax import model
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
+# Those are for a process with several devices, which `test_devices.py` starts.
+collect_ignore = [] if "device_count" in os.environ.get("XLA_FLAGS", "") else ["devices"]
+
 
 @pytest.fixture(autouse=True, scope="session")
 def directories(tmp_path_factory):

@@ -69,7 +69,7 @@ def random_router(config: Config, seed: int = 0) -> router.Router:
     rng = np.random.default_rng(seed)
     width = config.backbone.width
     transform_DC = rng.normal(size=(width, config.router.key_width)).astype(np.float32)
-    return router.Router(jnp.zeros(width), jnp.asarray(transform_DC), router.keys(config))
+    return router.Router(jnp.zeros(width), jnp.asarray(transform_DC), router.keys(config), config.router.lookup)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,17 +127,21 @@ def compilations(caplog) -> list[str]:
 
 
 def start(module: str, *arguments: object) -> subprocess.Popen:
-    """Starts `python -m lamini_jax.MODULE` with these arguments."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    """Starts `python -m lamini_jax.MODULE` with these arguments; what it compiles is compiled in a hurry."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": "--xla_backend_optimization_level=0"}
     command = [sys.executable, "-m", f"lamini_jax.{module}", *map(str, arguments)]
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
+def finish(process: subprocess.Popen) -> subprocess.CompletedProcess:
+    """Waits for its end."""
+    stdout, stderr = process.communicate(timeout=300)
+    return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
+
+
 def call(module: str, *arguments: object) -> subprocess.CompletedProcess:
     """Runs it to its end."""
-    process = start(module, *arguments)
-    stdout, stderr = process.communicate(timeout=300)
-    return subprocess.CompletedProcess(arguments, process.returncode, stdout, stderr)
+    return finish(start(module, *arguments))
 
 
 def write_facts(path: Path, facts: list[Fact]) -> Path:

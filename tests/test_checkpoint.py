@@ -112,7 +112,7 @@ def test_killed_lora_continues(tune_lora, tmp_path):
 
 def test_sigkill(tmp_path):
     """A real one, while a command saves its checkpoints; the budget may change, so that nobody waits for a long one."""
-    facts = helpers.write_facts(tmp_path / "facts.jsonl", helpers.some_facts(20, answer_length=32))
+    facts = helpers.write_facts(tmp_path / "facts.jsonl", helpers.some_facts(6, answer_length=32))
 
     def arguments(name, epochs):
         return (
@@ -121,7 +121,8 @@ def test_sigkill(tmp_path):
             f"--workdir={tmp_path / name}",
             "--config.memory.num_experts=4096",
             "--config.router.calibration=64",
-            "--config.tuning.batch_size=4",
+            "--config.tuning.optimizer=adam",
+            "--config.tuning.batch_size=2",
             "--config.tuning.learning_rate=1e-4",  # too low for the facts to hold before the budget ends
             f"--config.tuning.epochs={epochs}",
         )
@@ -183,7 +184,7 @@ def test_a_broken_checkpoint_is_named(copied):
 
 def test_other_keys_are_refused(copied, tune_memory, monkeypatch):
     """Another version of jax might draw other keys from the seed: then every fact would meet other experts."""
-    assert runs.load_memory(helpers.CONFIG, copied).routing.keys_NC.shape == (4096, 16)
+    assert runs.load_memory(helpers.CONFIG, copied).routing.keys.shape == (4096, 16)
     keys_NC = np.array(router.keys(helpers.CONFIG))
     keys_NC[1234, 5] = np.nextafter(keys_NC[1234, 5], np.float32(2))
     monkeypatch.setattr(router, "keys", lambda config: jnp.asarray(keys_NC))

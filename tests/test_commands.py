@@ -15,18 +15,15 @@ FLAGS = (
 )
 
 
-def error_of(result, status=2):
-    """The one line that a mistake is."""
-    assert result.returncode == status, result.stderr
-    line = result.stderr.splitlines()[-1]
-    assert line.startswith("error: ")
-    return line
-
-
-def assert_mistake(result, *told):
-    assert result.stdout == "" and result.stderr.count("\n") == 1, result.stderr
-    for part in told:
-        assert str(part) in error_of(result)
+def refuse(module, cases):
+    """Runs a command on each case, all at once, and expects one line each that tells of the mistake."""
+    running = [(helpers.start(module, *arguments), told) for arguments, told in cases]
+    for process, told in running:
+        result = helpers.finish(process)
+        assert (result.returncode, result.stdout, result.stderr.count("\n")) == (2, "", 1), result
+        assert result.stderr.startswith("error: "), result
+        for part in told:
+            assert str(part) in result.stderr
 
 
 def contents(directory):
@@ -60,7 +57,8 @@ def read_lines(path):
 
 def test_budget_ended(stopped):
     _, result, files = stopped
-    told = error_of(result, status=3)
+    told = result.stderr.splitlines()[-1]
+    assert result.returncode == 3 and told.startswith("error: "), result.stderr
     assert "2 of 2 facts" in told and "--config.tuning.epochs=2" in told
     results = json.loads(next(content for path, content in files.items() if path.name == "results.json"))
     assert results["facts"] == 2 and results["holding"] == 0 and results["epochs"] == 1
@@ -95,27 +93,30 @@ def test_tune_refuses_bad_input(facts, tmp_path):
     """One line each, and nothing is made."""
     bad = tmp_path / "bad.jsonl"
     bad.write_text(facts.read_text() + "who is it\n")
-    workdir = tmp_path / "workdir"
-    for arguments, told in (
-        ([f"--facts={tmp_path / 'missing.jsonl'}"], ["missing.jsonl"]),
-        ([f"--facts={bad}"], [bad, "line 3"]),
-        ([f"--facts={facts}", "--config.memory.num_experts=8", "--config.memory.selected=9"], ["memory.selected=9"]),
-        ([f"--facts={facts}", "--config.backbone.width=64"], ["backbone.width=64"]),
-    ):
-        assert_mistake(helpers.call("tune", f"--workdir={workdir}", *arguments), *told)
-        assert list(tmp_path.iterdir()) == [bad]
+    workdir = f"--workdir={tmp_path / 'workdir'}"
+    cases = (
+        ([workdir, f"--facts={tmp_path / 'missing.jsonl'}"], ["missing.jsonl"]),
+        ([workdir, f"--facts={bad}"], [bad, "line 3"]),
+        (
+            [workdir, f"--facts={facts}", "--config.memory.num_experts=8", "--config.memory.selected=9"],
+            ["--config.memory.selected=9"],
+        ),
+        ([workdir, f"--facts={facts}", "--config.backbone.width=64"], ["--config.backbone.width=64"]),
+    )
+    refuse("tune", cases)
+    assert list(tmp_path.iterdir()) == [bad]
 
 
 def test_tune_refuses_a_directory_of_another_run(finished, facts, tmp_path):
     workdir, _ = finished
+    flag = f"--workdir={workdir}"
     other = helpers.write_facts(tmp_path / "other.jsonl", FACTS[:1])
     before = contents(workdir)
-    for arguments, told in (
-        ([f"--facts={facts}", *FLAGS, "--config.seed=1"], "config.seed: 0 -> 1"),
-        ([f"--facts={other}", *FLAGS], "facts"),
-    ):
-        result = helpers.call("tune", f"--workdir={workdir}", *arguments)
-        assert_mistake(result, f"--workdir={workdir}", told)
+    cases = (
+        ([flag, f"--facts={facts}", *FLAGS, "--config.seed=1"], [flag, "config.seed: 0 -> 1"]),
+        ([flag, f"--facts={other}", *FLAGS], [flag, "facts: "]),
+    )
+    refuse("tune", cases)
     assert contents(workdir) == before
 
 
@@ -138,30 +139,25 @@ def test_ask_answers_a_file(finished, tmp_path):
     assert set(tmp_path.iterdir()) == {questions, output}
 
 
-def test_ask_refuses_bad_input(stopped, facts, tmp_path):
-    workdir, _, _ = stopped
+def test_ask_refuses_bad_input(finished, facts, tmp_path):
+    """The directory of another command, say, which has results too but no checkpoints."""
+    workdir, _ = finished
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "other").mkdir()
+    for name in ("config.json", "results.json"):
+        (tmp_path / "other" / name).write_bytes((workdir / name).read_bytes())
     bad = tmp_path / "bad.jsonl"
     bad.write_text('{"question": "Who?"}\n{"answer": "Me"}\n')
-    (tmp_path / "empty").mkdir()
-    output = f"--output={tmp_path / 'answers.jsonl'}"
+    flag, output = f"--workdir={workdir}", f"--output={tmp_path / 'answers.jsonl'}"
     before = contents(tmp_path)
-    for arguments, told in (
-        ([f"--workdir={tmp_path / 'empty'}", "--question=Who?"], ["--workdir=", "no finished checkpoint"]),
-        ([f"--workdir={workdir}", "--question=Who?", f"--questions={facts}", output], ["--question", "--questions"]),
-        ([f"--workdir={workdir}"], ["--question"]),
-        ([f"--workdir={workdir}", f"--questions={facts}"], ["--output"]),
-        ([f"--workdir={workdir}", f"--questions={bad}", output], [bad, "line 2"]),
-        ([f"--workdir={workdir}", f"--questions={facts}", f"--output={tmp_path / 'no' / 'a'}"], ["--output="]),
-    ):
-        assert_mistake(helpers.call("ask", *arguments), *told)
-        assert contents(tmp_path) == before
-
-
-def test_ask_refuses_a_directory_without_checkpoints(finished, tmp_path):
-    """That of another command, say: it has results too."""
-    workdir, _ = finished
-    for name in ("config.json", "results.json"):
-        (tmp_path / name).write_bytes((workdir / name).read_bytes())
-    before = contents(tmp_path)
-    assert_mistake(helpers.call("ask", f"--workdir={tmp_path}", "--question=Who?"), f"{tmp_path}", "checkpoint")
+    cases = (
+        ([f"--workdir={tmp_path / 'empty'}", "--question=Who?"], [tmp_path / "empty", "no finished checkpoint"]),
+        ([f"--workdir={tmp_path / 'other'}", "--question=Who?"], [tmp_path / "other", "checkpoint"]),
+        ([flag, "--question=Who?", f"--questions={facts}", output], ["--question", "--questions"]),
+        ([flag], ["--question"]),
+        ([flag, f"--questions={facts}"], ["--output"]),
+        ([flag, f"--questions={bad}", output], [bad, "line 2"]),
+        ([flag, f"--questions={facts}", f"--output={tmp_path / 'no' / 'a'}"], ["--output="]),
+    )
+    refuse("ask", cases)
     assert contents(tmp_path) == before

@@ -9,14 +9,15 @@ import pytest
 
 from lamini_jax import model, recall, router
 from lamini_jax.data import batches
+from lamini_jax.errors import UserError
 
 K = helpers.CONFIG.memory.selected
 QUESTIONS = [fact.question for fact in helpers.some_facts(70)] + ["Who?", "Which one of these is " + 50 * "x"]
 
 
-@pytest.fixture(scope="module")
-def routing(base):
-    return model.make_router(helpers.CONFIG, base, QUESTIONS)
+@pytest.fixture(scope="module", params=["exact", "product"])
+def routing(base, request):
+    return model.make_router(helpers.replace(helpers.CONFIG, router={"lookup": request.param}), base, QUESTIONS)
 
 
 @pytest.fixture(scope="module")
@@ -30,13 +31,24 @@ def prompt_of(question, more_padding=0):
     return np.pad(bucket.tokens_FT, padding, constant_values=helpers.TOKENIZER.pad_id), bucket.length_F
 
 
+def flat(keys):
+    """keys_NC; of half-keys, all pairs of them."""
+    keys = np.asarray(keys, np.float64)
+    if keys.ndim == 2:
+        return keys
+    size = keys.shape[1]
+    return np.concatenate([np.repeat(keys[0], size, axis=0), np.tile(keys[1], (size, 1))], axis=1)
+
+
 def assert_same_experts(base, routing, question, ids_K, expected_ids_K):
     """The same set; only where scores nearly tie at the K-th place may rounding have swapped two of them."""
     swapped = sorted(set(np.asarray(ids_K).tolist()) ^ set(np.asarray(expected_ids_K).tolist()))
     if swapped:
         feature_BD = np.asarray(model.features(base.decoder, base.params, *prompt_of(question)))
-        query_BC = np.asarray(router.query(routing.mean_D, routing.transform_DC, feature_BD), np.float64)
-        scores_N = np.asarray(routing.keys_NC, np.float64) @ query_BC[0]
+        query_BC = np.asarray(
+            router.query(routing.mean_D, routing.transform_DC, feature_BD, routing.lookup), np.float64
+        )
+        scores_N = flat(routing.keys) @ query_BC[0]
         assert len(swapped) == 2 and np.ptp(scores_N[swapped]) < 1e-5
 
 
@@ -53,7 +65,9 @@ def test_selection_is_that_of_a_plain_search(base, routing, expert_ids_FK):
         tokens_BT, length_B = prompt_of(QUESTIONS[index])
         feature_D = np.asarray(model.features(base.decoder, base.params, tokens_BT, length_B), np.float64)[0]
         query_C = (feature_D - np.asarray(routing.mean_D)) @ np.asarray(routing.transform_DC, np.float64)
-        best_K = np.argsort(-(np.asarray(routing.keys_NC, np.float64) @ query_C))[:K]
+        if routing.lookup == "product":  # whose halves weigh the same
+            query_C = np.concatenate([half / np.linalg.norm(half) for half in np.split(query_C, 2)])
+        best_K = np.argsort(-(flat(routing.keys) @ query_C))[:K]
         assert_same_experts(base, routing, QUESTIONS[index], best_K, expert_ids_FK[index])
 
 
@@ -116,13 +130,21 @@ def test_training_is_a_function_of_seed_and_features():
     assert helpers.same_bits(first, again)
     other = router.train(dataclasses.replace(helpers.CONFIG, seed=1), features_QD)
     assert not helpers.same_bits(first.transform_DC, other.transform_DC)
-    assert not helpers.same_bits(first.keys_NC, other.keys_NC)
+    assert not helpers.same_bits(first.keys, other.keys)
 
 
-def test_keys_have_unit_length():
-    keys_NC = router.keys(helpers.CONFIG)
-    assert keys_NC.shape == (4096, 16)
-    np.testing.assert_allclose(np.linalg.norm(keys_NC, axis=1), 1, rtol=1e-5)
+@pytest.mark.parametrize("lookup, shape", [("exact", (4096, 16)), ("product", (2, 64, 8))])
+def test_keys_have_unit_length(lookup, shape):
+    keys = router.keys(helpers.replace(helpers.CONFIG, router={"lookup": lookup}))
+    assert keys.shape == shape
+    np.testing.assert_allclose(np.linalg.norm(keys, axis=-1), 1, rtol=1e-5)
+
+
+def test_nan_is_refused(base, routing):
+    """No expert is ever selected by NaN."""
+    broken = routing.replace(mean_D=routing.mean_D.at[0].set(jnp.nan))
+    with pytest.raises(UserError, match="NaN of the question 'Who"):
+        model.select_all(base, broken, ["Who?"], K)
 
 
 def test_whitening_gives_unit_covariance():
@@ -148,7 +170,7 @@ def test_whitened_queries_spread(base, routing, expert_ids_FK):
     """Look-alike questions share far fewer experts than with the raw feature."""
     tokens_FT = np.concatenate([prompt_of(question)[0] for question in QUESTIONS[:64]])
     length_F = np.concatenate([prompt_of(question)[1] for question in QUESTIONS[:64]])
-    raw = helpers.random_router(helpers.CONFIG)
+    raw = helpers.random_router(helpers.replace(helpers.CONFIG, router={"lookup": routing.lookup}))
     raw_ids_FK = model.select(base.decoder, base.params, raw, tokens_FT, length_F, K).expert_ids_BK
     before = router.spread(np.asarray(raw_ids_FK), 4096)
     after = router.spread(expert_ids_FK[:64], 4096)
