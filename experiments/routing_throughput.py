@@ -146,7 +146,9 @@ def copy_bandwidth() -> float:
 
 def matmul_max(keys_NC, query_BC):
     """The ceiling of a flat lookup: the same products, and one maximum instead of the K best."""
-    return lookup.scores(keys_NC, query_BC).max(axis=1)
+    # In this order of axes, in which XLA's CPU backend fuses the two; the other takes three times as long.
+    scores_NB = jnp.einsum("NC,BC->NB", keys_NC, query_BC, **lookup.FULL)
+    return scores_NB.max(axis=0)
 
 
 def copy_from(rows_NR, at, count: int):

@@ -15,10 +15,10 @@ TILE_N, _TILE_B = 1024, 128
 _GPU_TILE_N, _GPU_TILE_B = 256, 64
 
 
-def block_maxima(keys_NC, query_BC, block: int, gpu: bool = False, interpret: bool = False):
-    """maxima_BM of all whole tiles of TILE_N keys, in float32. `interpret` runs it on any device."""
-    num_keys, key_width = keys_NC.shape[0] // TILE_N * TILE_N, keys_NC.shape[1]
-    batch = query_BC.shape[0]
+def block_maxima(blocks_MSC, query_BC, gpu: bool = False, interpret: bool = False):
+    """maxima_BM in float32; TILE_N must divide N = M * S. `interpret` runs it on any device."""
+    num_blocks, block, key_width = blocks_MSC.shape
+    keys_NC, num_keys, batch = blocks_MSC.reshape(-1, key_width), num_blocks * block, query_BC.shape[0]
     tile_n, tile_b = (_GPU_TILE_N, _GPU_TILE_B) if gpu else (TILE_N, _TILE_B)
     query_BC = jnp.pad(query_BC, ((0, -batch % tile_b), (0, 0)))
 
@@ -26,7 +26,6 @@ def block_maxima(keys_NC, query_BC, block: int, gpu: bool = False, interpret: bo
         scores_NB = jax.lax.dot_general(
             keys_ref[...], query_ref[...], (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32
         )
-        scores_NB = jnp.where(jnp.isnan(scores_NB), jnp.inf, scores_NB)  # hardware maxima may pass over NaN
         maxima_ref[...] = scores_NB.reshape(tile_n // block, block, tile_b).max(axis=1)
 
     # Query tiles are the inner loop, so that a tile of keys is read from memory once.
