@@ -10,6 +10,8 @@ import errno
 import logging
 import math
 import os
+import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,18 @@ from lamini_jax.errors import UserError
 
 # What Orbax logs it also raises, and what it raises becomes one line below: no traceback of its threads beside it.
 logging.getLogger("absl").addFilter(lambda record: "orbax" not in record.pathname)
+
+_report = sys.excepthook
+
+
+def _report_unless_late(kind, error, trace):
+    """For the storage below Orbax, whose threads report to a loop that a failed save has closed already."""
+    late = kind is RuntimeError and "Event loop is closed" in str(error)
+    if not late or threading.current_thread() is threading.main_thread():
+        _report(kind, error, trace)
+
+
+sys.excepthook = _report_unless_late
 
 # Saving may take this share of the time of a run; a run so short that it would take more saves less often.
 _SHARE = 0.1
