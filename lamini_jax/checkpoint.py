@@ -11,7 +11,6 @@ import logging
 import math
 import os
 import sys
-import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -31,9 +30,8 @@ _report = sys.excepthook
 
 
 def _report_unless_late(kind, error, trace):
-    """For the storage below Orbax, whose threads report to a loop that a failed save has closed already."""
-    late = kind is RuntimeError and "Event loop is closed" in str(error)
-    if not late or threading.current_thread() is threading.main_thread():
+    """The storage below Orbax goes on reporting to a loop that a failed save has closed; the save said what failed."""
+    if kind is not RuntimeError or "Event loop is closed" not in str(error):
         _report(kind, error, trace)
 
 
