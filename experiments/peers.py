@@ -21,7 +21,7 @@ def torch_flat(keys_NC: np.ndarray) -> Search:
     import torch
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    keys_CN = torch.from_numpy(keys_NC).to(device).T
+    keys_CN = torch.tensor(keys_NC).to(device).T
 
     @torch.inference_mode()
     def search(query_BC, k):
@@ -35,7 +35,7 @@ def torch_product(half_keys_2SC: np.ndarray) -> Search:
     import torch
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    first_SC, second_SC = torch.from_numpy(half_keys_2SC).to(device)
+    first_SC, second_SC = torch.tensor(half_keys_2SC).to(device)
     num_half = first_SC.shape[0]
 
     @torch.inference_mode()

@@ -121,6 +121,8 @@ def mesh():
 
 def over_devices(array):
     """An array in equal parts on all devices, where they can be equal."""
+    if jax.device_count() == 1:
+        return array
     divides = array.shape[0] % jax.device_count() == 0
     return jax.device_put(array, jax.NamedSharding(mesh(), P("data") if divides else P()))
 
