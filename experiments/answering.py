@@ -5,10 +5,9 @@ import statistics
 import time
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from lamini_jax import bank, model, recall, router, runs
+from lamini_jax import bank, model, recall, router, runs, sharding
 from lamini_jax.config import LOOKUPS, Config, MemoryConfig, RouterConfig
 from lamini_jax.data import batches, world
 
@@ -32,8 +31,9 @@ def rows(sizes: list[int], progress) -> list[dict]:
         config = Config(memory=MemoryConfig(num_experts), router=RouterConfig(lookup=name, calibration=256))
         routing = model.make_router(config, base, questions)
         ids_S = np.sort(np.random.default_rng(0).choice(num_experts, min(TRAINED, num_experts), replace=False))
-        rows_SR = bank.init(jax.random.key(0), bank.row_shape(config.backbone, config.memory), len(ids_S))
-        speak = runs.answer_with(base, runs.Memory(routing, jnp.asarray(ids_S, jnp.int32), rows_SR), config)
+        rows_SR = bank.init(np.uint32(0), bank.row_shape(config.backbone, config.memory), len(ids_S))
+        memory = runs.Memory(routing, sharding.put(ids_S.astype(np.int32)), rows_SR)
+        speak = runs.answer_with(base, memory, config)
 
         def ask():
             recall.answers(base, speak, questions, LONGEST)

@@ -21,12 +21,13 @@ import jax
 from absl import flags
 
 from experiments import figures
-from lamini_jax import bank, command, model, recall, router, runs
+from lamini_jax import bank, command, model, processes, recall, router, runs
 from lamini_jax.config import Config, from_config_dict
 from lamini_jax.data import facts as facts_lib
 from lamini_jax.data import world
 
 _CONFIG = command.define_config()
+command.define_processes()
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the study.", required=True)
 
 METHODS = {"lora": None, "mome_o_proj": "o_proj", "mome_down_proj": "down_proj"}
@@ -112,17 +113,20 @@ def table(results: dict) -> str:
 
 def main() -> None:
     config = from_config_dict(_CONFIG.value)
+    command.start(config.mesh)
     data = config.data
     facts = {
         answers: facts_lib.load(data.facts, answers, data.count, config.seed, data.dir) for answers in facts_lib.ANSWERS
     }
     base = model.load_base(config)
     identity = {"config": dataclasses.asdict(config)}
+    del identity["config"]["mesh"]  # any devices may go on with what others began
     identity["facts"] = {answers: runs.fingerprint(facts[answers]) for answers in facts}
     directory = command.open_workdir(_WORKDIR.value, identity)
     started = time.time()
     asked = [fact.question for fact in facts["true"]]
-    print(f"{data.count} facts on {jax.devices()[0].device_kind}; training the router ...", flush=True)
+    devices = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
+    processes.say(f"{data.count} facts on {devices}; training the router ...")
     routing = model.make_router(config, base, asked)
     selection_FK = model.select_all(base, routing, asked, config.memory.selected)
     questions = questions_asked(config)
@@ -144,16 +148,18 @@ def main() -> None:
     for name in RUNS:
         run_directory = directory / name.replace("/", "_")
         saved = run_directory / "result.json"
-        if not saved.exists():
+        if not processes.agree(saved.exists()):
             result = one_run(name, config, base, routing, facts[name.split("/")[1]], questions, run_directory)
             command.write_json(saved, result)
+            processes.meet(name)
         results["runs"][name] = json.loads(saved.read_text())
     results["environment"] = command.environment()
     results["seconds"] = round(time.time() - started, 1)
     command.write_json(directory / "results.json", results)
-    figures.randomization(results, directory / "figures.png")
-    print(table(results))
-    print(f"{results['seconds']:.0f} s; {directory / 'results.json'}, {directory / 'figures.png'}")
+    if processes.first():
+        figures.randomization(results, directory / "figures.png")
+    processes.say(table(results))
+    processes.say(f"{results['seconds']:.0f} s; {directory / 'results.json'}, {directory / 'figures.png'}")
 
 
 if __name__ == "__main__":

@@ -24,23 +24,22 @@ import jax.numpy as jnp
 import numpy as np
 import tqdm
 from absl import flags
-from jax.sharding import PartitionSpec as P
 
 from experiments import answering, figures, peers
-from lamini_jax import bank, command, lookup
+from lamini_jax import bank, command, lookup, sharding
+from lamini_jax.config import Config, MeshConfig
 from lamini_jax.errors import UserError
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where results.json and figures.png go.", required=True)
 _NUM_EXPERTS = flags.DEFINE_list("num_experts", ["65536", "1048576"], "Numbers of experts.")
 _BATCHES = flags.DEFINE_list("batches", ["1", "64", "1024"], "Numbers of questions looked up at once.")
-_LOOKUPS = flags.DEFINE_list("lookups", list(lookup.FIND), "Which lookups.")
+_LOOKUPS = flags.DEFINE_list("lookups", list(lookup.NAMES), "Which lookups.")
 _ANSWERING = flags.DEFINE_list("answering", ["16384", "131072", "1048576"], "Numbers of experts to answer with.")
 _KEY_WIDTH = flags.DEFINE_integer("key_width", 128, "Floats of a key.", lower_bound=1)
 _KEY_DTYPE = flags.DEFINE_enum("key_dtype", "float32", ["float32", "bfloat16"], "Of keys and queries.")
 _SECONDS = flags.DEFINE_float("seconds", 1.5, "That each contender is timed for, on average.", lower_bound=0)
 _SELECTED = flags.DEFINE_integer("selected", 32, "Experts to find per question.", lower_bound=1)
 
-ROW_FLOATS = 1024  # of an expert's row in the gather, those of the tiny backbone
 BANK_BYTES = 2**30  # at most; more of them than any cache holds cost the same
 CHECKED_SCORES = 2**26  # as many are sorted by the reference
 
@@ -100,9 +99,9 @@ def integers(flag) -> list[int]:
 def check(sizes: list[int]) -> None:
     """Raises UserError for what cannot be looked up."""
     for name in _LOOKUPS.value:
-        if name not in lookup.FIND:
+        if name not in lookup.NAMES:
             raise UserError(
-                f"--lookups={','.join(_LOOKUPS.value)}: no lookup {name!r}; there are {', '.join(lookup.FIND)}"
+                f"--lookups={','.join(_LOOKUPS.value)}: no lookup {name!r}; there are {', '.join(lookup.NAMES)}"
             )
     for num_experts in sizes:
         if _SELECTED.value > num_experts:
@@ -117,32 +116,24 @@ def check(sizes: list[int]) -> None:
         )
 
 
-def directions(seed: int, shape: tuple[int, ...]):
-    """Random vectors of unit length."""
-    values = jax.jit(jax.random.normal, static_argnums=1)(jax.random.key(seed), shape)
-    return (values / jnp.linalg.norm(values, axis=-1, keepdims=True)).astype(_KEY_DTYPE.value)
+def directions(seed: int, shape: tuple[int, ...], *axes: str | None):
+    """Random vectors of unit length, made where they lie."""
 
+    @jax.jit
+    def draw(seed):
+        values = jax.random.normal(jax.random.key(seed), shape)
+        values = (values / jnp.linalg.norm(values, axis=-1, keepdims=True)).astype(_KEY_DTYPE.value)
+        return sharding.constrain(values, *axes)
 
-def mesh():
-    """All devices in one row."""
-    return jax.make_mesh((jax.device_count(),), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
-
-
-def over_devices(array):
-    """An array in equal parts on all devices, where they can be equal."""
-    if jax.device_count() == 1:
-        return array
-    divides = array.shape[0] % jax.device_count() == 0
-    return jax.device_put(array, jax.NamedSharding(mesh(), P("data") if divides else P()))
+    return draw(np.uint32(seed))
 
 
 def make_tables(num_experts: int) -> dict:
     """The keys of N experts: flat ones, over all devices, and half-keys on each."""
     tables = {}
     if {"exact", "approximate"} & set(_LOOKUPS.value):
-        keys_NC = directions(0, (num_experts, _KEY_WIDTH.value))
-        padding = ((0, -num_experts % jax.device_count()), (0, 0))
-        tables["exact"] = over_devices(jnp.pad(keys_NC, padding, mode="edge") if padding[0][1] else keys_NC)
+        shape = (sharding.padded(num_experts, "keys"), _KEY_WIDTH.value)
+        tables["exact"] = directions(0, shape, "keys", None)
     if "product" in _LOOKUPS.value:
         tables["product"] = directions(1, (2, math.isqrt(num_experts), _KEY_WIDTH.value // 2))
     return tables
@@ -164,7 +155,7 @@ def matmul_max(keys_NC, query_BC):
 
 def copy_from(rows_NR, at, count: int):
     """A plain copy of as many rows."""
-    return jax.lax.dynamic_slice(rows_NR, (at, 0), (count, rows_NR.shape[1]))
+    return jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, at, count), rows_NR)
 
 
 def found(ids_BK: np.ndarray, reference_BK: np.ndarray) -> tuple[float, float]:
@@ -177,23 +168,19 @@ def lookups_at(num_experts: int, batch: int, tables: dict, searches: dict[str, p
     """Rows for one N and one batch: ours, what they are measured against, and the peers, in turns."""
     k, width = _SELECTED.value, _KEY_WIDTH.value
     query_BC = directions(2, (batch, width))
-    queries = {"exact": query_BC, "product": over_devices(query_BC)}
     names = _LOOKUPS.value
     contenders, references = {}, {}
     checked = max(min(batch, CHECKED_SCORES // num_experts), 1)
     for name in names:
         family = "product" if name == "product" else "exact"
-        find = functools.partial(lookup.FIND[name], k=k)
-        if name != "product" and jax.device_count() > 1:
-            find = functools.partial(lookup.sharded, mesh(), lookup.FIND[name], k=k, num_keys=num_experts)
-        contenders[name] = compiled(find, tables[family], queries[family])
+        find = functools.partial(lookup.find, name, k=k, num_keys=num_experts)
+        contenders[name] = compiled(find, tables[family], query_BC)
         if family not in references:
             reference = jax.jit(getattr(lookup, f"{family}_reference"), static_argnums=2)
-            references[family] = np.asarray(reference(tables[family], query_BC[:checked], k)[0])
+            keys = tables["product"] if family == "product" else tables["exact"][:num_experts]
+            references[family] = np.asarray(reference(keys, query_BC[:checked], k)[0])
     if "exact" in names:
-        contenders["matmul_max"] = compiled(
-            lambda keys, query: lookup.scores(keys, query).max(axis=1), tables["exact"], query_BC
-        )
+        contenders["matmul_max"] = compiled(matmul_max, tables["exact"], query_BC)
     query = np.asarray(query_BC, np.float32)
     for name, search in searches.items():
         contenders[name] = Contender(lambda search=search: (search(query, k),))
@@ -219,7 +206,7 @@ def row_of(name: str, num_experts: int, batch: int, contender: Contender, ceilin
         "lookup": name,
         "num_experts": num_experts,
         "key_width": _KEY_WIDTH.value,
-        "key_dtype": _KEY_DTYPE.value if name in (*lookup.FIND, "matmul_max") else "float32",
+        "key_dtype": _KEY_DTYPE.value if name in (*lookup.NAMES, "matmul_max") else "float32",
         "selected": _SELECTED.value,
         "batch": batch,
         "queries_per_second": batch / contender.median,
@@ -234,19 +221,18 @@ def row_of(name: str, num_experts: int, batch: int, contender: Contender, ceilin
 def gather_at(num_experts: int, batch: int) -> dict:
     """The row of fetching K experts' rows per question, its bytes per second against those of a plain copy."""
     k = _SELECTED.value
-    kept = min(num_experts, BANK_BYTES // (4 * ROW_FLOATS))
-    rows_NR = jnp.ones((kept, ROW_FLOATS))
+    shape = bank.row_shape(Config().backbone, Config().memory)  # the tiny backbone's
+    kept = min(num_experts, BANK_BYTES // (4 * shape.floats))
+    rows_NR = {name: sharding.zeros(part, np.float32, bank.ROWS) for name, part in shape.parts(kept).items()}
     ids_BK = jax.random.randint(jax.random.key(3), (batch, k), 0, kept)
     count = min(batch * k, kept)
     contenders = {
         "gather": compiled(bank.gather, rows_NR, ids_BK),
-        "copy": compiled(
-            lambda rows, at: jax.lax.dynamic_slice(rows, (at, 0), (count, ROW_FLOATS)), rows_NR, kept // 3
-        ),
+        "copy": compiled(functools.partial(copy_from, count=count), rows_NR, kept // 3),
     }
     take_turns(contenders)
     gather = contenders["gather"]
-    moved = 2 * 4 * batch * k * ROW_FLOATS
+    moved = 2 * 4 * batch * k * shape.floats
     ceiling = contenders["copy"].median * batch * k / count
     return row_of("gather", num_experts, batch, gather, ceiling) | {"bytes_per_second": moved / gather.median}
 
@@ -285,6 +271,7 @@ def table(rows: list[dict]) -> str:
 def main() -> None:
     sizes, batches, answering_sizes = integers(_NUM_EXPERTS), integers(_BATCHES), integers(_ANSWERING)
     check(sizes)
+    sharding.use(MeshConfig())
     identity = {
         name: flags.FLAGS[name].value for name in ("num_experts", "batches", "lookups", "key_width", "selected")
     }

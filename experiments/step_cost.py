@@ -39,10 +39,10 @@ def main() -> None:
     states, buckets, seconds = {}, {}, {num_experts: [] for num_experts in NUM_EXPERTS}
     for num_experts in NUM_EXPERTS:
         ids_FK = np.stack([rng.choice(num_experts, config.memory.selected, replace=False) for _ in facts])
-        expert_ids_S, slots_FK = row_optimizer.slots_of(ids_FK)
-        rows_NR = bank.init(jax.random.key(config.seed), shape, num_experts)
+        expert_ids_S, slots_FK = row_optimizer.slots_of(ids_FK, num_experts)
+        rows_NR = bank.init(np.uint32(config.seed), shape, num_experts)
         states[num_experts] = tuning.MemoryState(rows_NR, row_optimizer.init(tx, expert_ids_S, shape))
-        (buckets[num_experts],) = tuning.memory_buckets(base, examples, slots_FK)
+        (buckets[num_experts],) = tuning.memory_buckets(base, examples, ids_FK, slots_FK)
     del rows_NR
     rows_B = np.arange(len(facts), dtype=np.int32)
     for step in tqdm.trange(STEPS + 2, unit="step"):

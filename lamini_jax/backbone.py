@@ -21,6 +21,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from lamini_jax import sharding
 from lamini_jax.config import BackboneConfig
 from lamini_jax.errors import UserError
 
@@ -36,6 +37,19 @@ class LowRank(NamedTuple):
 
 
 Adapter = dict[str, LowRank]  # by the name of the linear layer, every leaf with a leading axis over the part's layers
+
+# The axes of parameters along which the mesh divides them, the last two.
+_AXES = {
+    "embedding": ("vocab", None),
+    "unembedding": (None, "vocab"),
+    "q_proj": (None, "heads"),
+    "k_proj": (None, "kv_heads"),
+    "v_proj": (None, "kv_heads"),
+    "o_proj": ("heads", None),
+    "gate_proj": (None, "mlp"),
+    "up_proj": (None, "mlp"),
+    "down_proj": ("mlp", None),
+}
 
 LINEAR_LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -64,7 +78,8 @@ class Linear(nn.Module):
 
     @nn.compact
     def __call__(self, x_BTI):
-        weight_IO = self.param("weight", nn.initializers.variance_scaling(1.0, "fan_in", "normal"), self.shape)
+        start = nn.initializers.variance_scaling(1.0, "fan_in", "normal")
+        weight_IO = self.param("weight", start, self.shape, self.dtype)
         return project(x_BTI, weight_IO, self.dtype)
 
 
@@ -158,12 +173,12 @@ class Block(nn.Module):
                 y_BTO = y_BTO + low_rank(x_BTI, adapter[name], c.dtype)
             return y_BTO
 
-        def heads(x_BTO):
-            return x_BTO.reshape(*x_BTO.shape[:2], -1, c.head_width)
+        def heads(x_BTO, name="kv_heads"):
+            return sharding.constrain(x_BTO.reshape(*x_BTO.shape[:2], -1, c.head_width), "batch", None, name, None)
 
         with jax.named_scope("attention"):
             h_BTD = RMSNorm(c.norm_eps, name="attention_norm")(x_BTD)
-            q_BTHW = rotate(heads(linear("q_proj", h_BTD)), positions_BT, c.rope_theta)
+            q_BTHW = rotate(heads(linear("q_proj", h_BTD), "heads"), positions_BT, c.rope_theta)
             k_BSGW = rotate(heads(linear("k_proj", h_BTD)), positions_BT, c.rope_theta)
             v_BSGW = heads(linear("v_proj", h_BTD))
             if cache is not None:
@@ -185,22 +200,27 @@ class Decoder(nn.Module):
 
     config: BackboneConfig
     memory_layers: int
+    rematerialize: bool = False  # the suffix's activations, where a gradient asks for them
 
     def setup(self):
         c = self.config
-        self.embedding = self.param("embedding", nn.initializers.normal(c.width**-0.5), (c.vocab_size, c.width))
+        suffix_block = nn.remat(Block, prevent_cse=False) if self.rematerialize else Block
+        start = nn.initializers.normal(c.width**-0.5)
+        self.embedding = self.param("embedding", start, (c.vocab_size, c.width), c.dtype)
         layers = {"variable_axes": {"params": 0}, "split_rngs": {"params": True}}
         layers["in_axes"] = (nn.broadcast, nn.broadcast, 0, 0)
         self.prefix_layers = nn.scan(Block, **layers, length=c.num_layers - self.memory_layers)(c)
-        self.suffix_layers = nn.scan(Block, **layers, length=self.memory_layers)(c)
+        self.suffix_layers = nn.scan(suffix_block, **layers, length=self.memory_layers)(c)
         self.final_norm = RMSNorm(c.norm_eps)
         if not c.tied_embeddings:
             self.unembedding = Linear((c.width, c.vocab_size), c.dtype)
 
     def prefix(self, tokens_BT, positions_BT, mask_BTS, cache=None, adapter=None):
-        return self.prefix_layers(self.embedding[tokens_BT], positions_BT, mask_BTS, cache, adapter)
+        hidden_BTD = sharding.constrain(self.embedding[tokens_BT].astype(jnp.float32), "batch", None, None)
+        return self.prefix_layers(hidden_BTD, positions_BT, mask_BTS, cache, adapter)
 
     def suffix(self, hidden_BTD, positions_BT, mask_BTS, cache=None, adapter=None):
+        hidden_BTD = sharding.constrain(hidden_BTD, "batch", None, None)
         hidden_BTD, cache = self.suffix_layers(hidden_BTD, positions_BT, mask_BTS, cache, adapter)
         return self.final_norm(hidden_BTD), cache
 
@@ -229,6 +249,25 @@ def init(decoder: Decoder, key: jax.Array) -> Params:
     return decoder.init(key, jnp.zeros((1, 1), jnp.int32))["params"]
 
 
+def axes(config: BackboneConfig, params: Params) -> Any:
+    """The names of the axes of every parameter; heads that the mesh cannot divide stay whole."""
+
+    def of(path, leaf):
+        names = [key.key for key in path if not key.key.endswith("_layers")]
+        last = _AXES.get(names[-2] if names[-1] == "weight" else names[-1], (None,))
+        last = tuple(
+            None if getattr(config, f"num_{name}", 0) % sharding.size(name or "mlp") else name for name in last
+        )
+        return (None,) * (leaf.ndim - len(last)) + last
+
+    return jax.tree_util.tree_map_with_path(of, params)
+
+
+def put(decoder: Decoder, params: Params) -> Params:
+    """Parameters on the devices, each part where it is used."""
+    return jax.tree.map(lambda x, names: sharding.put(x, *names), params, axes(decoder.config, params))
+
+
 def prefix(decoder: Decoder, params: Params, tokens_BT, positions_BT=None, cache: Cache = None, adapter=None):
     """The frozen reading: hidden_BTD at the input of the first memory layer, and the cache with these tokens in it."""
     positions_BT, mask_BTS = _positions(tokens_BT, positions_BT, cache)
@@ -249,7 +288,11 @@ def unembed(decoder: Decoder, params: Params, hidden_BTD):
 def empty_cache(config: BackboneConfig, num_layers: int, batch: int, length: int) -> Cache:
     """Room for `length` tokens of `batch` sequences in `num_layers` layers."""
     shape = (num_layers, batch, length, config.num_kv_heads, config.head_width)
-    return {"keys": jnp.zeros(shape, config.dtype), "values": jnp.zeros(shape, config.dtype)}
+
+    def room():
+        return sharding.constrain(jnp.zeros(shape, config.dtype), None, "batch", None, "kv_heads", None)
+
+    return {"keys": room(), "values": room()}
 
 
 def cut(params: Params, memory_layers: int) -> Params:

@@ -1,8 +1,10 @@
 """The array of experts: one row of R floats each, a rank-1 LoRA for every memory layer.
 
-A row holds the M down vectors (of the target's input width I), then the M up vectors (of its output width O). Up
-vectors start at zero: an expert that nobody has trained adds exactly nothing. Down vectors start as random signs, which
-project as well as Gaussian numbers do (Achlioptas 2003) and cost one random bit each.
+A row is a down vector (of the target's input width I) and an up vector (of its output width O) for each of M layers, so
+that rows_NR is {"down": (N, M, I), "up": (N, M, O)}. Up vectors start at zero: an expert that nobody has trained adds
+exactly nothing. Down vectors start as random signs, which project as well as Gaussian numbers do (Achlioptas 2003) and
+cost one random bit each. On a mesh, experts are divided over `data` and columns over `model`; N is rounded up to what
+divides, and the experts beyond it are never selected.
 """
 
 import functools
@@ -10,9 +12,14 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from lamini_jax import sharding
 from lamini_jax.backbone import Adapter, LowRank, linear_shapes
 from lamini_jax.config import BackboneConfig, MemoryConfig
+from lamini_jax.errors import DEVICES, UserError
+
+ROWS = ("experts", None, "columns")  # the axes of both parts of rows_NR
 
 
 class RowShape(NamedTuple):
@@ -26,61 +33,62 @@ class RowShape(NamedTuple):
     def floats(self) -> int:
         return self.layers * (self.input_width + self.output_width)
 
+    def parts(self, *leading: int) -> dict[str, tuple[int, ...]]:
+        """The shapes of some rows' parts."""
+        return {
+            "down": (*leading, self.layers, self.input_width),
+            "up": (*leading, self.layers, self.output_width),
+        }
+
 
 def row_shape(backbone: BackboneConfig, memory: MemoryConfig) -> RowShape:
-    """The shape of the experts on `memory.target`."""
-    return RowShape(memory.layers, *linear_shapes(backbone)[memory.target])
+    """The shape of the experts on `memory.target`. Raises UserError if the mesh cannot divide their columns."""
+    shape, shards = RowShape(memory.layers, *linear_shapes(backbone)[memory.target]), sharding.size("columns")
+    if shape.input_width % shards or shape.output_width % shards:
+        widths = f"{shape.input_width} and {shape.output_width}, the widths of {memory.target}"
+        raise UserError(f"--config.mesh.model: {shards} shards of the model must divide {widths}", status=DEVICES)
+    return shape
 
 
-@functools.partial(jax.jit, static_argnames=("shape", "num_experts"))
-def init(key: jax.Array, shape: RowShape, num_experts: int):
-    """rows_NR. A row is a function of the key and its id, made where it lies; nothing else of size N is built."""
+@functools.partial(jax.jit, static_argnames=("shape", "num_experts", "dtype"))
+def init(seed, shape: RowShape, num_experts: int, dtype: str = "float32"):
+    """rows_NR. A row is a function of the seed and its id, made where it lies; nothing else of size N is built."""
+    columns = {name: part[-1] // sharding.size("columns") for name, part in shape.parts().items()}
+    rows = sharding.padded(num_experts, "experts") // sharding.size("experts")
+    scale = shape.input_width**-0.5
+    key = jax.random.fold_in(jax.random.key(seed), 2)
 
-    def row(expert_id):
+    def row(expert_id, first_column):
         width = shape.layers * shape.input_width
         words = jax.random.bits(jax.random.fold_in(key, expert_id), (-(-width // 32),), jnp.uint32)
         bits = (words[:, None] >> jnp.arange(32, dtype=jnp.uint32)[None]) & 1
-        down = jnp.where(bits.reshape(-1)[:width] == 1, 1.0, -1.0) * shape.input_width**-0.5
-        return jnp.pad(down, (0, shape.layers * shape.output_width))
+        signs_MI = bits.reshape(-1)[:width].reshape(shape.layers, shape.input_width)
+        signs_MI = jax.lax.dynamic_slice_in_dim(signs_MI, first_column, columns["down"], axis=1)
+        return jnp.where(signs_MI == 1, scale, -scale).astype(dtype)
 
-    return jax.lax.map(row, jnp.arange(num_experts), batch_size=min(num_experts, 1024))
+    def local(shard):
+        ids = shard.index("data") * rows + jnp.arange(rows)
+        first_column = shard.index("model") * columns["down"]
+        down = jax.lax.map(functools.partial(row, first_column=first_column), ids, batch_size=min(rows, 1024))
+        return {"down": down, "up": jnp.zeros((rows, shape.layers, columns["up"]), dtype)}
+
+    return sharding.owned(local, (), ROWS)()
 
 
-def gather(rows_NR, expert_ids):
+def gather(rows_NR, expert_ids_BX):
     """The rows of some experts; zeros for ids that are out of range."""
-    return rows_NR.at[expert_ids].get(mode="fill", fill_value=0)
+    return sharding.take(rows_NR, expert_ids_BX, ROWS)
 
 
-def gather_trained(expert_ids_S, rows_SR, expert_ids):
+def gather_trained(expert_ids_S, rows_SR, expert_ids_BK):
     """`gather` from the trained rows alone (ascending ids): all others add nothing, so serving needs no more."""
-    places = jnp.searchsorted(expert_ids_S, expert_ids)
-    found = expert_ids_S.at[places].get(mode="clip") == expert_ids
-    return gather(rows_SR, jnp.where(found, places, expert_ids_S.size))
+    places_BK = jnp.searchsorted(expert_ids_S, expert_ids_BK)
+    found_BK = expert_ids_S.at[places_BK].get(mode="clip") == expert_ids_BK
+    return gather(rows_SR, jnp.where(found_BK, places_BK, np.iinfo(np.int32).max))
 
 
-def scatter(rows_NR, expert_ids_U, rows_UR):
-    """The bank with some rows replaced; ids that are out of range are passed over."""
-    return rows_NR.at[expert_ids_U].set(rows_UR, mode="drop")
-
-
-def split(rows, shape: RowShape) -> dict[str, jax.Array]:
-    """Rows (..., R) as {"down": (..., M, I), "up": (..., M, O)}."""
-    cut = shape.layers * shape.input_width
-    return {
-        "down": rows[..., :cut].reshape(*rows.shape[:-1], shape.layers, shape.input_width),
-        "up": rows[..., cut:].reshape(*rows.shape[:-1], shape.layers, shape.output_width),
-    }
-
-
-def merge(parts: dict[str, jax.Array]):
-    """The inverse of `split`."""
-    flat = [parts[name].reshape(*parts[name].shape[:-2], -1) for name in ("down", "up")]
-    return jnp.concatenate(flat, axis=-1)
-
-
-def adapter(rows_BKR, gates_BK, shape: RowShape, target: str) -> Adapter:
+def adapter(rows_BKR, gates_BK, target: str) -> Adapter:
     """The rank-K adapter of the suffix: W x + sum_k gate_k up_k (down_k . x) in each memory layer (Figure 4)."""
-    parts = split(rows_BKR, shape)
-    down_MBKI = jnp.moveaxis(parts["down"], 2, 0)
-    up_MBKO = jnp.moveaxis(parts["up"] * gates_BK[:, :, None, None], 2, 0)
+    down_MBKI = jnp.moveaxis(rows_BKR["down"], 2, 0)
+    up_MBKO = jnp.moveaxis(rows_BKR["up"] * gates_BK[:, :, None, None].astype(rows_BKR["up"].dtype), 2, 0)
     return {target: LowRank(down_MBKI, up_MBKO)}

@@ -13,15 +13,15 @@ import os
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
-from lamini_jax import tuning
-from lamini_jax.errors import UserError
+from lamini_jax import processes, sharding, tuning
+from lamini_jax.errors import OTHER_RUN, UserError
 
 # What Orbax logs it also raises, and what it raises becomes one line below: no traceback of its threads beside it.
 logging.getLogger("absl").addFilter(lambda record: "orbax" not in record.pathname)
@@ -41,9 +41,18 @@ sys.excepthook = _report_unless_late
 _SHARE = 0.1
 _SECONDS = 15.0
 
-# The fields of tuning.Log: arrays go to Orbax, the rest to JSON.
-_LOSSES = ("total_F", "worst_F", "likeliest_F")
-_HISTORY = ("loss", "certified", "seconds", "full_recall")
+# The fields of tuning.Log: arrays go to Orbax as such, the rest as JSON.
+_PER_FACT = ("total_F", "worst_F", "likeliest_F", "active_F")
+_HISTORY = ("loss", "certified", "seconds", "full_recall", "steps", "batches")
+
+
+class Saved(NamedTuple):
+    """A checkpoint: what lies on the devices, what every host has, where the run stood, and what else there was."""
+
+    tables: dict[str, list[jax.Array]]
+    arrays: dict[str, np.ndarray]
+    log: tuning.Log
+    extra: dict[str, Any]
 
 
 class Checkpoints:
@@ -55,38 +64,51 @@ class Checkpoints:
         self._manager = ocp.CheckpointManager(directory.absolute(), options=options)
         self._saved_at, self._cost = -math.inf, 0.0  # the first epoch is saved at once
 
-    def save(self, tree: Any, log: tuning.Log, extra: dict[str, Any]) -> None:
-        """Saves in the background, once per epoch; `extra` is JSON. Raises UserError if a save failed (a full disk)."""
-        if log.epoch in self._manager.all_steps():
+    def save(
+        self, tables: dict[str, Any], arrays: dict[str, np.ndarray], log: tuning.Log, extra: dict[str, Any]
+    ) -> None:
+        """Saves in the background, once per step; `extra` is JSON. Raises UserError if a save failed (a full disk)."""
+        if log.steps in self._manager.all_steps():
             return
         started = time.monotonic()
         history = {name: getattr(log, name) for name in _HISTORY} | extra
-        tree = {"state": tree, "losses": {name: getattr(log, name) for name in _LOSSES}}
+        per_fact = {name: getattr(log, name) for name in _PER_FACT}
+        tables = {name: jax.tree.leaves(tree) for name, tree in tables.items()}
+        tree = {"tables": tables, "arrays": arrays, "log": per_fact}
         arguments = ocp.args.Composite(tree=ocp.args.StandardSave(tree), history=ocp.args.JsonSave(history))
         with self._saving():
-            self._manager.save(log.epoch, args=arguments)
+            self._manager.save(log.steps, args=arguments)
         self._saved_at = time.monotonic()
         self._cost = self._saved_at - started
 
     def due(self) -> bool:
-        """Whether enough time has passed since the last save."""
-        return time.monotonic() - self._saved_at > max(_SECONDS, self._cost / _SHARE)
+        """Whether enough time has passed since the last save: the same on every host."""
+        return processes.agree(time.monotonic() - self._saved_at > max(_SECONDS, self._cost / _SHARE))
 
-    def latest(self) -> tuple[Any, tuning.Log, dict[str, Any]] | None:
-        """The newest whole checkpoint, on the host, or None."""
+    def latest(self) -> Saved | None:
+        """The newest whole checkpoint, or None. Tables are flat lists, spread over the devices of today's mesh."""
         step = self._manager.latest_step()
         if step is None:
             return None
-        arguments = ocp.args.Composite(tree=ocp.args.StandardRestore(), history=ocp.args.JsonRestore())
+
+        def spread(leaf):
+            names = ("experts", *(None,) * (len(leaf.shape) - 2), "columns")[: len(leaf.shape)]
+            return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding.layout(names, leaf.shape))
+
         try:
+            tree = ocp.StandardCheckpointer().metadata(self._directory.absolute() / str(step) / "tree").item_metadata
+            if tree is None:
+                raise ValueError("the list of its arrays is damaged")
+            target = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), tree)
+            target = {**target, "tables": jax.tree.map(spread, tree["tables"])}
+            arguments = ocp.args.Composite(tree=ocp.args.StandardRestore(target), history=ocp.args.JsonRestore())
             restored = self._manager.restore(step, args=arguments)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, KeyError) as error:
             reason = str(error).splitlines()[0]
             raise UserError(f"{self._directory / str(step)}: cannot be read ({reason}); remove it") from error
         tree, history = restored["tree"], dict(restored["history"])
-        losses = {name: np.array(value) for name, value in tree["losses"].items()}
-        log = tuning.Log(**losses, **{name: history.pop(name) for name in _HISTORY})
-        return tree["state"], log, history
+        log = tuning.Log(**tree["log"], **{name: history.pop(name) for name in _HISTORY})
+        return Saved(tree["tables"], tree["arrays"], log, history)
 
     def close(self) -> None:
         """Waits for the last save. Raises UserError if it failed."""
@@ -106,28 +128,35 @@ class Checkpoints:
             raise UserError(f"{self._directory}: cannot save ({reason}); {whole}") from error
 
 
-def checksum(array) -> int:
-    """A number that changes with any bit of an array of floats."""
-    bits = jax.lax.bitcast_convert_type(array, jnp.uint32).reshape(-1)
-    places = jax.lax.iota(jnp.uint32, bits.size)
-    return int(jnp.sum(bits * (2 * places + 1), dtype=jnp.uint32))
+@jax.jit
+def _checksum(array, rows):
+    bits = jax.lax.bitcast_convert_type(array, jnp.uint32)
+    places = jnp.zeros(array.shape, jnp.uint32)
+    for axis, size in enumerate(array.shape):  # of each element, counted row by row
+        places = places * size + jax.lax.broadcasted_iota(jnp.uint32, array.shape, axis)
+    hashes = bits ^ (places * np.uint32(0x9E3779B9))
+    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35), (16, 1)):  # the finalizer of MurmurHash3
+        hashes = (hashes ^ (hashes >> shift)) * np.uint32(factor)
+    counted = jax.lax.broadcasted_iota(jnp.int32, array.shape, 0) < rows
+    return jnp.sum(jnp.where(counted, hashes, 0), dtype=jnp.uint32)
 
 
-def verify(keys, expected: int) -> None:
+def checksum(array, rows: int | None = None) -> int:
+    """A number that changes with any bit of an array of floats, or of its first so many rows."""
+    return int(_checksum(array, np.int32(array.shape[0] if rows is None else rows)))
+
+
+def verify(found: int, expected: int) -> None:
     """Raises UserError if keys made from the seed are not those that a checkpoint was trained with."""
-    if checksum(keys) != expected:
+    if found != expected:
         raise UserError("this version of jax makes other random keys from the same seed; use the one that tuned")
 
 
-def leaves(tree: Any) -> list[Any]:
-    """A pytree as Orbax keeps it best: a flat list, in the order of the tree."""
-    return jax.tree.leaves(tree)
-
-
 def like(tree: Any, saved: list[Any]) -> Any:
-    """The inverse of `leaves`. Raises UserError if shapes differ."""
+    """The saved leaves as a tree. Raises UserError if there are others, or of other shapes (but for how many slots)."""
     expected, structure = jax.tree.flatten(tree)
-    shapes = [tuple(leaf.shape) for leaf in expected], [tuple(leaf.shape) for leaf in saved]
+    shapes = [[tuple(leaf.shape) for leaf in leaves] for leaves in (expected, saved)]
     if shapes[0] != shapes[1]:
-        raise UserError(f"the checkpoint has arrays of shapes {shapes[1]} and this run needs {shapes[0]}")
-    return jax.tree.unflatten(structure, [jnp.asarray(leaf) for leaf in saved])
+        message = f"the checkpoint has arrays of shapes {shapes[1]} and this run needs {shapes[0]}"
+        raise UserError(message, status=OTHER_RUN)
+    return jax.tree.unflatten(structure, saved)

@@ -51,6 +51,28 @@ def define_config() -> flags.FlagHolder[ml_collections.ConfigDict]:
     return holder
 
 
+def define_processes() -> None:
+    """Defines the flags of a command that runs as several processes, one per host."""
+    flags.DEFINE_bool("multihost", False, "One of several processes, all started with the same flags.")
+    flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0; TPU pods and SLURM need none.")
+    flags.DEFINE_integer("num_processes", None, "How many there are, where --coordinator is needed.", lower_bound=1)
+    flags.DEFINE_integer("process_id", None, "Which one this is, from 0.", lower_bound=0)
+    flags.DEFINE_integer("join_timeout", 300, "Seconds in which they must find each other.", lower_bound=1)
+
+
+def start(mesh: config_lib.MeshConfig) -> None:
+    """Joins the other processes, if there are any, and makes the mesh of all devices ambient."""
+    from lamini_jax import sharding
+
+    f, processes = flags.FLAGS, _processes()
+    if f.multihost:
+        processes.start(f.coordinator, f.num_processes, f.process_id, f.join_timeout)
+    elif f.coordinator or f.num_processes or f.process_id is not None:
+        raise UserError("--coordinator, --num_processes and --process_id go with --multihost")
+    sharding.use(mesh)
+    processes.watch()
+
+
 def run(main: Callable[[], int | None]) -> None:
     """Parses `sys.argv`, calls `main()` and exits with its status.
 
@@ -69,7 +91,18 @@ def run(main: Callable[[], int | None]) -> None:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         status = 130
-    sys.exit(status)
+    except Exception as error:
+        status = _processes().lost(error)
+        if status is None:
+            raise
+    _processes().end(status or 0)
+
+
+def _processes():
+    """The module, here because commands that fail on their flags should fail fast: it brings jax."""
+    from lamini_jax import processes
+
+    return processes
 
 
 def write_json(path: str | os.PathLike, value: Any) -> None:
@@ -78,7 +111,9 @@ def write_json(path: str | os.PathLike, value: Any) -> None:
 
 
 def write_text(path: str | os.PathLike, text: str) -> None:
-    """Writes a file that is never seen half-written. Raises UserError if it cannot be written."""
+    """Writes a file, once for all processes, that is never seen half-written. Raises UserError if it cannot be."""
+    if not _processes().first():
+        return
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
@@ -116,6 +151,7 @@ def open_workdir(workdir: str, identity: Mapping[str, Any]) -> Path:
             raise UserError(f"--workdir={workdir}: not writable")
         if not saved_path.exists():
             write_json(saved_path, identity)
+        _processes().meet("workdir")
         saved = json.loads(saved_path.read_text())
     except (FileExistsError, NotADirectoryError):
         raise UserError(f"--workdir={workdir}: a file, or below one, and not a directory") from None

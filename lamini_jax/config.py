@@ -20,6 +20,7 @@ CERTIFIED_LOSS_BFLOAT16 = 0.576
 
 TARGETS = ("o_proj", "down_proj")
 LOOKUPS = ("exact", "product")  # those that always find the same experts, which training needs
+DTYPES = ("float32", "bfloat16")
 OPTIMIZERS = ("adafactor", "adam", "sgd")
 
 
@@ -49,6 +50,7 @@ class MemoryConfig:
     selected: int = 32
     layers: int = 2
     target: str = "down_proj"
+    dtype: str = "float32"  # of the rows; their optimizer computes in float32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,6 +72,7 @@ class TuningConfig:
     learning_rate: float = 4e-2
     epochs: int = 100
     batch_size: int = 16
+    rematerialize: bool = False  # compute the suffix's activations a second time instead of keeping them
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,6 +94,14 @@ class DataConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """Devices along each axis of the mesh; -1: what the other leaves."""
+
+    data: int = -1  # experts, facts and batches are divided among these
+    model: int = 1  # the backbone's layers and the columns of rows are
+
+
+@dataclasses.dataclass(frozen=True)
 class Config:
     """A whole experiment."""
 
@@ -100,6 +111,7 @@ class Config:
     tuning: TuningConfig = TuningConfig()
     lora: LoraConfig = LoraConfig()
     data: DataConfig = DataConfig()
+    mesh: MeshConfig = MeshConfig()
     seed: int = 0
 
 
@@ -116,6 +128,38 @@ def product_memory(**overrides: Any) -> MemoryConfig:
 def tiny() -> Config:
     """The backbone that ships with the package, with the paper's memory."""
     return Config(memory=paper_memory())
+
+
+LLAMA3_8B = BackboneConfig(
+    vocab_size=128_256,
+    num_layers=32,
+    width=4096,
+    num_heads=32,
+    num_kv_heads=8,
+    head_width=128,
+    mlp_width=14_336,
+    context=1024,  # of the 8,192: facts are short, and the cache of keys and values need not be long
+    rope_theta=500_000.0,
+    tied_embeddings=False,
+    dtype="bfloat16",
+)
+LLAMA3_70B = dataclasses.replace(LLAMA3_8B, num_layers=80, width=8192, num_heads=64, mlp_width=28_672)
+
+
+def large(backbone: BackboneConfig, num_experts: int) -> Config:
+    """Memory for a large backbone on a pod of TPUs, whose chips divide each layer among 16 of them.
+
+    On `down_proj`, which memorizes in the fewest epochs, of the last four layers: rows in bfloat16 are then the bill,
+    for Llama 3 8B 147 kB each, and 2^24 of them 9.7 GB on each of 256 chips. Adafactor keeps one number per float of
+    the rows that facts have selected, Adam would keep two.
+    """
+    return Config(
+        backbone=backbone,
+        memory=paper_memory(num_experts=num_experts, layers=4, dtype="bfloat16"),
+        tuning=TuningConfig(batch_size=256, rematerialize=True),
+        data=DataConfig(facts="phone_book", count=32_768),
+        mesh=MeshConfig(data=-1, model=16),
+    )
 
 
 def to_config_dict(config: Config) -> ml_collections.ConfigDict:
@@ -150,7 +194,8 @@ def _check(config: Config) -> None:
         (memory.target in TARGETS, "memory.target", f"must be one of {', '.join(TARGETS)}"),
         (1 <= memory.layers < backbone.num_layers, "memory.layers", "must be at least 1 and below backbone.num_layers"),
         (backbone.num_heads % backbone.num_kv_heads == 0, "backbone.num_kv_heads", "must divide backbone.num_heads"),
-        (backbone.dtype in ("float32", "bfloat16"), "backbone.dtype", "must be float32 or bfloat16"),
+        (backbone.dtype in DTYPES, "backbone.dtype", f"must be one of {', '.join(DTYPES)}"),
+        (memory.dtype in DTYPES, "memory.dtype", f"must be one of {', '.join(DTYPES)}"),
         (config.router.lookup in LOOKUPS, "router.lookup", f"must be one of {', '.join(LOOKUPS)}"),
         (config.router.key_width >= 1, "router.key_width", "must be at least 1"),
         (not product or config.router.key_width % 2 == 0, "router.key_width", "must be even for product keys"),

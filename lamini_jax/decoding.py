@@ -5,7 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from lamini_jax import backbone
+from lamini_jax import backbone, sharding
 from lamini_jax.backbone import Decoder
 
 
@@ -47,4 +47,4 @@ def greedy(
     token_B, caches = next_token(prompt_BT, positions_BT, length_B - 1, (prefix_cache, suffix_cache))
     answer_BA = jnp.full((batch, slots), stop_id, jnp.int32)
     _, _, answer_BA, _ = jax.lax.while_loop(proceed, advance, (0, token_B, answer_BA, caches))
-    return answer_BA
+    return sharding.constrain(answer_BA)

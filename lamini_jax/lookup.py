@@ -9,9 +9,8 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec as P
 
-from lamini_jax import lookup_kernel
+from lamini_jax import lookup_kernel, sharding
 
 # Keys that share one maximum. More of them are fewer maxima to choose from, and more keys to score again.
 BLOCK = 32
@@ -162,7 +161,8 @@ def product(half_keys_2SC, query_BC, k: int):
 
 def _top_k(scores_BN, k: int):
     """`top_k` whose results may be sliced: without the barrier, XLA would slice a sort instead, five times slower."""
-    return jax.lax.optimization_barrier(jax.lax.top_k(scores_BN, k))
+    # A barrier for each result: of one for both, XLA's partitioner dies (jax 0.10.2).
+    return tuple(map(jax.lax.optimization_barrier, jax.lax.top_k(scores_BN, k)))
 
 
 def _rectangles(k: int, ranks: int):
@@ -196,28 +196,43 @@ def approximate(keys_NC, query_BC, k: int, num_keys=None):
     return _refuse(query_BC, ids_BK, best_BK, num_keys)
 
 
-def sharded(mesh, find, keys_NC, query_BC, k: int, num_keys: int):
-    """`find`, exact or approximate, over keys in equal shards on all devices of a mesh, in the order of its axes.
+def find(name: str, keys, query_BC, k: int, num_keys: int):
+    """The lookup of this name, over keys that lie where `sharding` puts them: the same experts on any mesh.
 
-    Where the shards hold more than `num_keys`, the rest repeats the last key and is never found. Each device finds its
-    own k best; only those, B * K from each, travel.
+    Keys in shards are `num_keys` and a few more that fill up the last one and are never found. Each device finds its
+    own k best; only those, B * K from each, travel. Half-keys are few: every device has them all, and a part of B.
     """
-    axes = mesh.axis_names
+    if sharding.active() is None:
+        return product(keys, query_BC, k) if name == "product" else _FIND[name](keys, query_BC, k, num_keys)
+    if name == "product":
+        return _product_sharded(keys, query_BC, k)
+    axes = sharding.AXES
 
-    def local(keys_NC, query_BC):
+    def local(_, keys_NC, query_BC):
         first = jax.lax.axis_index(axes) * keys_NC.shape[0]
         count = jnp.clip(num_keys - first, 0, keys_NC.shape[0])
-        ids_BK, best_BK = find(keys_NC, query_BC, min(k, keys_NC.shape[0]), count)
+        ids_BK, best_BK = _FIND[name](keys_NC, query_BC, min(k, keys_NC.shape[0]), count)
         gather = functools.partial(jax.lax.all_gather, axis_name=axes, axis=1, tiled=True)
         ids_BX, best_BX = gather(ids_BK + first), gather(best_BK)
         best_BK, places_BK = jax.lax.top_k(best_BX, k)
         return _refuse(query_BC, jnp.take_along_axis(ids_BX, places_BK, axis=1), best_BK, num_keys)
 
-    everywhere = (P(axes), P())
-    return jax.shard_map(local, mesh=mesh, in_specs=everywhere, out_specs=P(), check_vma=False)(keys_NC, query_BC)
+    return sharding.owned(local, (("keys", None), ()), ())(keys, query_BC)
 
 
-FIND = {"exact": exact, "product": product, "approximate": approximate}
+def _product_sharded(half_keys_2SC, query_BC, k: int):
+    batch = query_BC.shape[0]
+    query_BC = jnp.pad(query_BC, ((0, sharding.padded(batch, "batch") - batch), (0, 0)))
+
+    def local(_, half_keys_2SC, query_bC):
+        return product(half_keys_2SC, query_bC, k)
+
+    ids_BK, best_BK = sharding.owned(local, ((), ("batch", None)), ("batch", None))(half_keys_2SC, query_BC)
+    return sharding.constrain(ids_BK[:batch]), sharding.constrain(best_BK[:batch])
+
+
+NAMES = ("exact", "product", "approximate")
+_FIND = {"exact": exact, "approximate": approximate}
 
 
 def _mask(scores_BN, count):

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lamini_jax import backbone, router
+from lamini_jax import backbone, router, sharding
 from lamini_jax.backbone import Decoder
 from lamini_jax.config import Config
 from lamini_jax.data import batches, world
@@ -38,8 +38,8 @@ def load_base(config: Config) -> Base:
         asked, found = getattr(config.backbone, field.name), getattr(shipped, field.name)
         if asked != found and field.name != "dtype":
             raise UserError(f"--config.backbone.{field.name}={asked}: the backbone that ships has {found}")
-    decoder = Decoder(config.backbone, config.memory.layers)
-    return Base(decoder, jax.device_put(backbone.cut(params, config.memory.layers)), ByteTokenizer())
+    decoder = Decoder(config.backbone, config.memory.layers, config.tuning.rematerialize)
+    return Base(decoder, backbone.put(decoder, backbone.cut(params, config.memory.layers)), ByteTokenizer())
 
 
 @functools.partial(jax.jit, static_argnames="decoder")
@@ -51,7 +51,7 @@ def read(decoder: Decoder, params, tokens_BT):
 @functools.partial(jax.jit, static_argnames="decoder")
 def features(decoder: Decoder, params, prompt_BT, length_B):
     """feature_BD of questions; a prompt holds no answer, so a selection cannot depend on one."""
-    return router.pool(backbone.prefix(decoder, params, prompt_BT)[0], length_B)
+    return sharding.constrain(router.pool(backbone.prefix(decoder, params, prompt_BT)[0], length_B))
 
 
 @functools.partial(jax.jit, static_argnames=("decoder", "num_selected"))
@@ -60,13 +60,20 @@ def select(decoder: Decoder, params, routing: router.Router, prompt_BT, length_B
     return router.select(routing, features(decoder, params, prompt_BT, length_B), num_selected)
 
 
-def token_losses(decoder: Decoder, params, hidden_BTD, targets_BT, suffix_adapter):
-    """loss_BT in nats of each next token given the prefix's output, and whether greedy decoding would choose it."""
+def token_losses(decoder: Decoder, params, hidden_BTD, start_B, targets_BA, suffix_adapter):
+    """loss_BA in nats of an answer's tokens given the prefix's output, and whether greedy decoding would choose each.
+
+    `start_B` is the position that predicts the first of them. Logits are computed for them alone: with a large
+    vocabulary those of all positions would cost more than the suffix does.
+    """
     with jax.named_scope("suffix"):
         hidden_BTD, _ = backbone.suffix(decoder, params, hidden_BTD, adapter=suffix_adapter)
-        logits_BTV = backbone.unembed(decoder, params, hidden_BTD)
-    right_BT = jnp.take_along_axis(logits_BTV, targets_BT[:, :, None], axis=-1)[:, :, 0]
-    return jax.nn.logsumexp(logits_BTV, axis=-1) - right_BT, right_BT >= logits_BTV.max(axis=-1)
+    with jax.named_scope("logits"):
+        places_BA1 = (start_B[:, None] + jnp.arange(targets_BA.shape[1])[None])[:, :, None]
+        hidden_BAD = jnp.take_along_axis(hidden_BTD, jnp.minimum(places_BA1, hidden_BTD.shape[1] - 1), axis=1)
+        logits_BAV = sharding.constrain(backbone.unembed(decoder, params, hidden_BAD), "batch", None, "vocab")
+        right_BA = jnp.take_along_axis(logits_BAV, targets_BA[:, :, None], axis=-1)[:, :, 0]
+        return jax.nn.logsumexp(logits_BAV, axis=-1) - right_BA, right_BA >= logits_BAV.max(axis=-1)
 
 
 def make_router(config: Config, base: Base, questions: list[str]) -> router.Router:

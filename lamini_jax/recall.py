@@ -6,7 +6,6 @@ A *speaker* is `speak(prompt_BT, length_B, longest) -> answer_BA`. It is given p
 from collections.abc import Callable, Sequence
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from lamini_jax import bank, decoding, model, router
@@ -42,14 +41,12 @@ def with_lora(base: model.Base, adapters) -> Speaker:
 
 
 def with_memory(base: model.Base, routing: router.Router, fetch: Callable, memory: MemoryConfig) -> Speaker:
-    """Lamini-1: every question selects its experts anew, and `fetch(expert_ids_BK) -> rows_BKR` reads only theirs."""
-    shape = bank.row_shape(base.decoder.config, memory)
-
-    build = jax.jit(bank.adapter, static_argnums=(2, 3))
+    """Lamini-1: every question selects its experts anew, and `fetch(expert_ids_BK) -> rows_BKR` reads theirs alone."""
+    build = jax.jit(bank.adapter, static_argnums=2)
 
     def speak(prompt_BT, length_B, longest):
         selection = model.select(base.decoder, base.params, routing, prompt_BT, length_B, memory.selected)
-        adapter = build(fetch(selection.expert_ids_BK), selection.gates_BK, shape, memory.target)
+        adapter = build(fetch(selection.expert_ids_BK), selection.gates_BK, memory.target)
         return with_lora(base, {"prefix": None, "suffix": adapter})(prompt_BT, length_B, longest)
 
     return speak
@@ -61,7 +58,7 @@ def answers(base: model.Base, speak: Speaker, questions: Sequence[str], longest:
     for bucket in batches.prompts(questions, base.tokenizer):
         batch = min(_BATCH, len(bucket.index_F))
         for rows_B in batches.in_order(len(bucket.index_F), batch):
-            length_B = jnp.asarray(bucket.length_F[rows_B])
+            length_B = bucket.length_F[rows_B]
             answer_BA = speak(bucket.tokens_FT[rows_B], length_B, longest or base.decoder.config.context)
             for row, answer_A in zip(rows_B, np.asarray(answer_BA), strict=True):
                 if row >= 0:

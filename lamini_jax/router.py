@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from lamini_jax import lookup
+from lamini_jax import lookup, sharding
 from lamini_jax.config import Config, RouterConfig
 
 # How sharply the training objective weighs the nearest neighbours of a query over the others.
@@ -31,11 +31,8 @@ class Router:
     mean_D: jax.Array
     transform_DC: jax.Array  # whitening and projection in one
     keys: jax.Array  # keys_NC, or for product keys half_keys_2SC
+    num_experts: int = flax.struct.field(pytree_node=False)  # on a mesh there may be more keys
     lookup: str = flax.struct.field(pytree_node=False, default="exact")
-
-    @property
-    def num_experts(self) -> int:
-        return self.keys.shape[1] ** 2 if self.lookup == "product" else self.keys.shape[0]
 
 
 @flax.struct.dataclass
@@ -66,22 +63,38 @@ def select(router: Router, feature_BD, num_selected: int) -> Selection:
     """The experts whose keys lie nearest. Gates are equal: each of K experts weighs 1/sqrt(K)."""
     with jax.named_scope("lookup"):
         query_BC = query(router.mean_D, router.transform_DC, feature_BD, router.lookup)
-        expert_ids_BK, _ = lookup.FIND[router.lookup](router.keys, query_BC, num_selected)
+        query_BC = sharding.constrain(query_BC)  # the same on every device, so that all of them agree
+        expert_ids_BK, _ = lookup.find(router.lookup, router.keys, query_BC, num_selected, router.num_experts)
     return Selection(expert_ids_BK, jnp.full(expert_ids_BK.shape, num_selected**-0.5))
 
 
 def keys(config: Config):
-    """keys_NC (or half_keys_2SC with N = S^2), a function of the seed: random directions, all of one length."""
-    num_experts, key_width = config.memory.num_experts, config.router.key_width
-    product = config.router.lookup == "product"
-    shape = (2, math.isqrt(num_experts), key_width // 2) if product else (num_experts, key_width)
-    return _keys(jax.random.fold_in(jax.random.key(config.seed), 4), shape)
+    """keys_NC (or half_keys_2SC with N = S^2): random signs, of unit length.
+
+    Signs spread as well as random directions do, and no device rounds them: the same seed makes the same keys on all.
+    """
+    num_experts, width = config.memory.num_experts, config.router.key_width
+    if config.router.lookup == "product":
+        return _signs(np.uint32(config.seed), (2, math.isqrt(num_experts), width // 2), (None, None, None))
+    return _signs(np.uint32(config.seed), (sharding.padded(num_experts, "keys"), width), ("keys", None))
 
 
-@functools.partial(jax.jit, static_argnums=1)
-def _keys(key, shape: tuple[int, ...]):
-    directions = jax.random.normal(key, shape)
-    return directions / jnp.linalg.norm(directions, axis=-1, keepdims=True)
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _signs(seed, shape: tuple[int, ...], axes: sharding.Names):
+    """Each drawn where it lies, and the same whatever N is rounded up to."""
+    key = jax.random.fold_in(jax.random.key(seed), 4)
+    words = jax.random.bits(key, (*shape[:-1], -(-shape[-1] // 32)), jnp.uint32)
+    shifts = jnp.arange(32, dtype=jnp.uint32).reshape((1,) * len(shape) + (-1,))
+    bits = (words[..., None] >> shifts) & 1
+    bits = bits.reshape(*shape[:-1], -1)[..., : shape[-1]]
+    length = shape[-1] ** -0.5
+    return sharding.constrain(jnp.where(bits == 1, length, -length), *axes)
+
+
+def make(config: Config, mean_D, transform_DC) -> Router:
+    """The router with this projection, ready on the devices."""
+    c = config.router
+    return Router(sharding.put(mean_D), sharding.put(transform_DC), keys(config), config.memory.num_experts, c.lookup)
 
 
 def whitening(features_QD: np.ndarray, ridge: float) -> tuple[np.ndarray, np.ndarray]:
@@ -122,7 +135,7 @@ def train(config: Config, features_QD: np.ndarray) -> Router:
     order = np.random.default_rng((config.seed, 1)).permutation(len(features_QD))
     for start in range(0, len(order) - batch + 1, batch):
         projection_DC, state = step(projection_DC, state, features_QD[order[start : start + batch]])
-    return Router(jnp.asarray(mean_D), jnp.asarray(white_DD @ projection_DC), keys(config), c.lookup)
+    return make(config, mean_D, white_DD @ projection_DC)
 
 
 def spread(expert_ids_FK: np.ndarray, num_experts: int) -> dict[str, float]:

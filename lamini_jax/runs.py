@@ -9,16 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 import tqdm
 
-from lamini_jax import bank, checkpoint, lora, model, recall, router, row_optimizer, tuning
+from lamini_jax import bank, checkpoint, model, processes, recall, router, row_optimizer, sharding, tuning
 from lamini_jax.config import Config
 from lamini_jax.data import batches
 from lamini_jax.data.facts import Fact
-from lamini_jax.errors import UserError
+from lamini_jax.errors import PREEMPTED, UserError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,8 +34,8 @@ class Memory:
     """Tuned memory as a checkpoint holds it: enough to answer with."""
 
     routing: router.Router
-    expert_ids_S: jax.Array
-    rows_SR: jax.Array
+    expert_ids_S: jax.Array  # ascending
+    rows_SR: dict[str, jax.Array]
 
 
 def fingerprint(facts: Sequence[Fact]) -> str:
@@ -55,7 +54,7 @@ def tune_memory(
     until_all_hold: bool = False,
 ) -> Tuned:
     """Memory tuning of some facts (section 7.1), with checkpoints in `directory`."""
-    shape = bank.row_shape(base.decoder.config, config.memory)
+    shape, num_experts = bank.row_shape(base.decoder.config, config.memory), config.memory.num_experts
     tx = row_optimizer.make(config.tuning.optimizer, config.tuning.learning_rate)
     checkpoints = checkpoint.Checkpoints(directory)
     saved = checkpoints.latest()
@@ -65,34 +64,39 @@ def tune_memory(
         expert_ids_FK = model.select_all(base, routing, questions, config.memory.selected)
         log = tuning.new_log(len(facts))
     else:
-        expert_ids_FK, log = np.asarray(saved[0]["expert_ids_FK"]), saved[1]
-    expert_ids_S, slots_FK = row_optimizer.slots_of(expert_ids_FK)
-    rows_NR = bank.init(_bank_key(config), shape, config.memory.num_experts)
+        expert_ids_FK, log = saved.arrays["expert_ids_FK"], saved.log
+    expert_ids_S, slots_FK = row_optimizer.slots_of(expert_ids_FK, num_experts)
     slots = row_optimizer.init(tx, expert_ids_S, shape)
+    rows_NR = bank.init(np.uint32(config.seed), shape, num_experts, config.memory.dtype)
     if saved is not None:
-        slots = slots.replace(state=checkpoint.like(slots.state, saved[0]["optimizer"]))
-        rows_NR = _scatter(rows_NR, slots.expert_ids_S, jnp.asarray(saved[0]["rows_SR"]))
+        tables = {
+            name: row_optimizer.rearranged(leaves, saved.arrays["expert_ids_S"], expert_ids_S, shape)
+            for name, leaves in saved.tables.items()
+        }
+        slots = slots.replace(state=checkpoint.like(slots.state, tables["optimizer"]))
+        rows_SR = checkpoint.like(row_optimizer.trained_rows(rows_NR, slots), tables["rows"])
+        rows_NR = row_optimizer.with_trained_rows(rows_NR, slots, rows_SR)
     state = tuning.MemoryState(rows_NR, slots)
     del rows_NR, slots  # the step takes their memory over
 
     def keep(state):
-        return {
-            "rows_SR": bank.gather(state.rows_NR, state.slots.expert_ids_S),
-            "optimizer": checkpoint.leaves(state.slots.state),
+        arrays = {
             "expert_ids_S": expert_ids_S,
             "expert_ids_FK": expert_ids_FK,
-            "mean_D": routing.mean_D,
-            "transform_DC": routing.transform_DC,
+            "mean_D": np.asarray(routing.mean_D),
+            "transform_DC": np.asarray(routing.transform_DC),
         }
+        tables = {"rows": row_optimizer.trained_rows(state.rows_NR, state.slots), "optimizer": state.slots.state}
+        return tables, arrays
 
     def speaker(state):
         rows_NR = state.rows_NR
         return recall.with_memory(base, routing, lambda ids_BK: _gather(rows_NR, ids_BK), config.memory)
 
     examples = batches.encode(facts, base.tokenizer)
-    prepared = tuning.Facts(examples, tuning.memory_buckets(base, examples, slots_FK))
+    prepared = tuning.Facts(examples, tuning.memory_buckets(base, examples, expert_ids_FK, slots_FK))
     method = tuning.memory_method(base.decoder, shape, config.memory.target, tx)
-    extra = {"keys": checkpoint.checksum(routing.keys)}
+    extra = {"keys": _checksum(routing)}
     loop = _Loop(config, base, facts, checkpoints, title, keep, extra, speaker, until_all_hold)
     state = _run(loop, method, state, prepared, log)
     return Tuned(log, speaker(state), log.worst_F < tuning.certified_loss(config.backbone.dtype))
@@ -105,18 +109,19 @@ def tune_lora(config: Config, base: model.Base, facts: Sequence[Fact], directory
     # Down to zero: at a fixed rate that is high enough to memorize, training blows up again once losses are near zero.
     schedule = optax.linear_schedule(config.lora.learning_rate, 0.0, config.tuning.epochs * steps)
     tx = row_optimizer.make(config.lora.optimizer, schedule)
-    adapters = lora.init(base.decoder, config.lora.rank, jax.random.fold_in(jax.random.key(config.seed), 3))
-    state = tuning.LoraState(adapters, tx.init(adapters))
+    state = tuning.lora_state(base.decoder, config.lora.rank, tx, np.uint32(config.seed))
     checkpoints = checkpoint.Checkpoints(directory)
     saved = checkpoints.latest()
     log = tuning.new_log(len(facts))
     if saved is not None:
-        state, log = checkpoint.like(state, saved[0]["leaves"]), saved[1]
+        saved_state = checkpoint.like(state, saved.tables["state"])
+        state = jax.tree.map(lambda new, old: jax.device_put(new, old.sharding), saved_state, state)
+        log = saved.log
     prepared = tuning.Facts(examples, tuning.lora_buckets(examples))
     method = tuning.lora_method(base.decoder, tx)
 
     def keep(state):
-        return {"leaves": checkpoint.leaves(state)}
+        return {"state": state}, {}
 
     def speaker(state):
         return recall.with_lora(base, state.adapters)
@@ -136,7 +141,13 @@ def load_memory(config: Config, directory: Path) -> Memory:
     saved = checkpoint.Checkpoints(directory).latest() if directory.is_dir() else None
     if saved is None:
         raise UserError(f"{directory}: has no finished checkpoint; finish python -m lamini_jax.tune first")
-    return Memory(_routing(config, saved), jnp.asarray(saved[0]["expert_ids_S"]), jnp.asarray(saved[0]["rows_SR"]))
+    saved_ids_S = saved.arrays["expert_ids_S"]
+    ids_X = np.sort(saved_ids_S[saved_ids_S != row_optimizer.NONE])
+    ids_S = np.full(sharding.padded(ids_X.size, "experts"), row_optimizer.NONE, np.int32)
+    ids_S[: ids_X.size] = ids_X
+    shape = bank.row_shape(config.backbone, config.memory)
+    down_SMI, up_SMO = row_optimizer.rearranged(saved.tables["rows"], saved_ids_S, ids_S, shape)
+    return Memory(_routing(config, saved), sharding.put(ids_S), {"down": down_SMI, "up": up_SMO})
 
 
 def answer_with(base: model.Base, memory: Memory, config: Config) -> recall.Speaker:
@@ -150,19 +161,17 @@ def answer_with(base: model.Base, memory: Memory, config: Config) -> recall.Spea
 
 _gather = jax.jit(bank.gather)
 _gather_trained = jax.jit(bank.gather_trained)
-_scatter = jax.jit(bank.scatter, donate_argnums=0)
 
 
-def _bank_key(config: Config) -> jax.Array:
-    return jax.random.fold_in(jax.random.key(config.seed), 2)
+def _checksum(routing: router.Router) -> int:
+    rows = None if routing.lookup == "product" else routing.num_experts
+    return checkpoint.checksum(routing.keys, rows)
 
 
-def _routing(config: Config, saved) -> router.Router:
-    tree, _, extra = saved
-    keys = router.keys(config)
-    checkpoint.verify(keys, extra["keys"])
-    transform_DC = jnp.asarray(tree["transform_DC"])
-    return router.Router(jnp.asarray(tree["mean_D"]), transform_DC, keys, config.router.lookup)
+def _routing(config: Config, saved: checkpoint.Saved) -> router.Router:
+    routing = router.make(config, saved.arrays["mean_D"], saved.arrays["transform_DC"])
+    checkpoint.verify(_checksum(routing), saved.extra["keys"])
+    return routing
 
 
 @dataclasses.dataclass(frozen=True)
@@ -181,10 +190,14 @@ class _Loop:
 
 
 def _run(loop: _Loop, method: tuning.Method, state, prepared: tuning.Facts, log: tuning.Log):
-    """The loop with its progress bar and its checkpoints."""
+    """The loop with its progress bar and its checkpoints. Raises UserError (PREEMPTED) after a SIGTERM."""
     interval = 0.5 if sys.stderr.isatty() else 10.0  # a log file wants fewer lines than a terminal
     epochs = loop.config.tuning.epochs
-    bar = tqdm.tqdm(total=epochs, initial=log.epoch, desc=loop.title, unit="epoch", mininterval=interval)
+    options = {"unit": "epoch", "mininterval": interval, "disable": not processes.first()}
+    bar = tqdm.tqdm(total=epochs, initial=log.epoch, desc=loop.title, **options)
+
+    def save(state, log):
+        loop.checkpoints.save(*loop.keep(state), log, loop.extra)
 
     def recalled_F(state):
         return recalled(loop.base, loop.speaker(state), loop.facts)[0]
@@ -194,11 +207,19 @@ def _run(loop: _Loop, method: tuning.Method, state, prepared: tuning.Facts, log:
         bar.set_postfix_str(counts, refresh=False)
         bar.update()
         if loop.checkpoints.due():
-            loop.checkpoints.save(loop.keep(state), log, loop.extra)
+            save(state, log)
 
-    options = {"recalled": recalled_F, "until_all_hold": loop.until_all_hold, "after_epoch": after_epoch}
-    state = tuning.tune(method, loop.base.params, state, prepared, log, loop.config, **options)
+    def interrupted(log):
+        return processes.terminated(log.steps)
+
+    hooks = {"recalled": recalled_F, "after_epoch": after_epoch, "interrupted": interrupted}
+    state = tuning.tune(
+        method, loop.base.params, state, prepared, log, loop.config, until_all_hold=loop.until_all_hold, **hooks
+    )
     bar.close()
-    loop.checkpoints.save(loop.keep(state), log, loop.extra)
+    save(state, log)
     loop.checkpoints.close()
+    if log.batches:
+        message = f"terminated in epoch {log.epoch + 1}, after {log.steps} steps, which are saved: run again to go on"
+        raise UserError(message, status=PREEMPTED)
     return state

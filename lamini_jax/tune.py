@@ -13,25 +13,28 @@ import time
 
 from absl import flags
 
-from lamini_jax import command, model, runs
+from lamini_jax import command, model, processes, runs
 from lamini_jax.config import from_config_dict
 from lamini_jax.data.facts import read_jsonl
 from lamini_jax.data.tokenizer import ByteTokenizer
-from lamini_jax.errors import UserError
+from lamini_jax.errors import FACTS_DO_NOT_HOLD, UserError
 
 _CONFIG = command.define_config()
+command.define_processes()
 _FACTS = flags.DEFINE_string("facts", None, "JSONL file with the facts.", required=True)
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run.", required=True)
 
 
 def main() -> int:
     config = from_config_dict(_CONFIG.value)
+    command.start(config.mesh)
     facts = read_jsonl(_FACTS.value, ByteTokenizer(), config.backbone.context)
     base = model.load_base(config)
     directory = command.open_workdir(_WORKDIR.value, identity(config, runs.fingerprint(facts)))
     results_path = directory / "results.json"
     if results_path.exists() and json.loads(results_path.read_text())["holding"] == len(facts):
-        print(f"done already: all {len(facts)} facts are certified and recalled (see {directory / 'recall.jsonl'})")
+        recalled = directory / "recall.jsonl"
+        processes.say(f"done already: all {len(facts)} facts are certified and recalled (see {recalled})")
         return 0
 
     started = time.time()
@@ -64,7 +67,7 @@ def main() -> int:
         "seconds": round(time.time() - started, 1),
     }
     command.write_json(results_path, results)
-    print(
+    processes.say(
         f"{results['recalled']} of {len(facts)} facts recalled exactly, {results['certified']} certified, "
         f"after {tuned.log.epoch} epochs ({results['seconds']:.0f} s); {directory / 'recall.jsonl'} has them all"
     )
@@ -72,15 +75,15 @@ def main() -> int:
         raise UserError(
             f"the budget of {config.tuning.epochs} epochs ended with {len(facts) - holding} of {len(facts)} facts that "
             f"do not hold; continue with --config.tuning.epochs={2 * config.tuning.epochs}",
-            status=3,
+            status=FACTS_DO_NOT_HOLD,
         )
     return 0
 
 
 def identity(config, facts_fingerprint: str) -> dict:
-    """What a work directory is bound to: everything but the budget, which may be raised."""
+    """What a work directory is bound to: everything but the budget, which may be raised, and the devices."""
     values = dataclasses.asdict(config)
-    del values["tuning"]["epochs"]
+    del values["tuning"]["epochs"], values["mesh"]
     return {"config": values, "facts": facts_fingerprint}
 
 

@@ -5,6 +5,7 @@ F is the facts of a bucket, B those of a batch, U the distinct experts of a batc
 
 import dataclasses
 import functools
+import itertools
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -15,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from lamini_jax import backbone, bank, model, row_optimizer
+from lamini_jax import backbone, bank, lora, model, row_optimizer, sharding
 from lamini_jax.config import CERTIFIED_LOSS, CERTIFIED_LOSS_BFLOAT16, Config, TuningConfig
 from lamini_jax.data import batches
 from lamini_jax.data.batches import Examples
@@ -26,20 +27,28 @@ CHECK_EVERY = 5
 
 @flax.struct.dataclass
 class Bucket:
-    """Facts of one length on the device. `inputs` is what the trained part reads: hidden_FTD, or tokens_FT for LoRA."""
+    """Facts of one length on the devices: what the trained part reads, and what it should say."""
 
-    inputs: jax.Array
-    targets_FT: jax.Array
-    mask_FT: jax.Array
+    inputs: jax.Array  # hidden_FTD, or tokens_FT for LoRA
+    start_F: jax.Array
+    length_F: jax.Array  # of the answer, the stop token included
+    targets_FA: jax.Array
+    expert_ids_FK: jax.Array | None = None
     slots_FK: jax.Array | None = None
-    gates_FK: jax.Array | None = None
 
     def take(self, rows_B) -> "Bucket":
         """The facts at `rows_B`; a row of -1 becomes a fact without answer and without experts."""
-        taken = jax.tree.map(lambda x: x[jnp.maximum(rows_B, 0)], self)
-        valid_B1 = (rows_B >= 0)[:, None]
-        slots_BK = None if self.slots_FK is None else jnp.where(valid_B1, taken.slots_FK, jnp.iinfo(jnp.int32).max)
-        return taken.replace(mask_FT=taken.mask_FT & valid_B1, slots_FK=slots_BK)
+        valid_B = rows_B >= 0
+        taken = sharding.take(self, rows_B, self.axes())
+        if self.slots_FK is None:
+            return taken
+        slots_BK = jnp.where(valid_B[:, None], taken.slots_FK, row_optimizer.NONE)
+        return taken.replace(slots_FK=slots_BK)
+
+    def axes(self) -> "Bucket":
+        """The names of the axes of each array."""
+        names = jax.tree.map(lambda x: ("facts",) + (None,) * (x.ndim - 1), self)
+        return names.replace(inputs=sharding.fit(("facts", None, "width")[: self.inputs.ndim], self.inputs.shape))
 
 
 class Losses(NamedTuple):
@@ -61,7 +70,7 @@ class Method(NamedTuple):
 class MemoryState:
     """What memory tuning changes."""
 
-    rows_NR: jax.Array
+    rows_NR: dict[str, jax.Array]
     slots: row_optimizer.Slots
 
 
@@ -81,39 +90,45 @@ def certified_loss(dtype: str) -> float:
 def memory_method(decoder: backbone.Decoder, shape: bank.RowShape, target: str, tx) -> Method:
     """Trains the selected rows alone. They are gathered before differentiation, so that no gradient has size N."""
 
-    def forward(params, rows_UR, inverse_BK, batch: Bucket):
-        adapter = bank.adapter(rows_UR[inverse_BK], batch.gates_FK, shape, target)
-        return _reduce(*model.token_losses(decoder, params, batch.inputs, batch.targets_FT, adapter), batch)
+    def gather(state: MemoryState, bucket: Bucket, rows_B):
+        batch = bucket.take(rows_B)
+        return batch, bank.gather(state.rows_NR, batch.expert_ids_FK)
 
-    def gather(state: MemoryState, batch: Bucket):
-        num_slots, num_experts = state.slots.expert_ids_S.shape[0], state.rows_NR.shape[0]
-        slots_BK = jnp.minimum(batch.slots_FK, num_slots)
-        slots_U, inverse = jnp.unique(slots_BK, return_inverse=True, size=slots_BK.size, fill_value=num_slots)
-        ids_U = state.slots.expert_ids_S.at[slots_U].get(mode="fill", fill_value=num_experts)
-        return slots_U, ids_U, inverse.reshape(slots_BK.shape), bank.gather(state.rows_NR, ids_U)
+    def forward(params, rows_BKR, batch: Bucket):
+        gates_BK = jnp.full(batch.expert_ids_FK.shape, batch.expert_ids_FK.shape[1] ** -0.5)
+        adapter = bank.adapter(rows_BKR, gates_BK, target)
+        return _reduce(*_token_losses(decoder, params, batch.inputs, batch, adapter), batch)
 
     @functools.partial(jax.jit, donate_argnums=1)
     def step(params, state: MemoryState, bucket: Bucket, rows_B):
-        batch = bucket.take(rows_B)
-        slots_U, ids_U, inverse_BK, rows_UR = gather(state, batch)
+        batch, rows_BKR = gather(state, bucket, rows_B)
 
-        def objective(rows_UR):
-            losses, mean_B = forward(params, rows_UR, inverse_BK, batch)
+        def objective(rows_BKR):
+            losses, mean_B = forward(params, rows_BKR, batch)
             return jnp.sum(mean_B), losses
 
-        gradients_UR, losses = jax.grad(objective, has_aux=True)(rows_UR)
+        gradients_BKR, losses = jax.grad(objective, has_aux=True)(rows_BKR)
         with jax.named_scope("row_optimizer"):
-            rows_UR, slots = row_optimizer.update(tx, state.slots, slots_U, rows_UR, gradients_UR, shape)
-            rows_NR = bank.scatter(state.rows_NR, ids_U, rows_UR)
-        return MemoryState(rows_NR, slots), losses
+            updated = row_optimizer.update(tx, state.rows_NR, state.slots, batch.slots_FK, gradients_BKR, shape)
+        return MemoryState(*updated), losses
 
     @jax.jit
     def losses(params, state: MemoryState, bucket: Bucket, rows_B):
-        batch = bucket.take(rows_B)
-        _, _, inverse_BK, rows_UR = gather(state, batch)
-        return forward(params, rows_UR, inverse_BK, batch)[0]
+        batch, rows_BKR = gather(state, bucket, rows_B)
+        return forward(params, rows_BKR, batch)[0]
 
     return Method(step, losses)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def lora_state(decoder: backbone.Decoder, rank: int, tx, seed) -> LoraState:
+    """The baseline before any step."""
+    adapters = lora.init(decoder, rank, jax.random.fold_in(jax.random.key(seed), 3))
+
+    def divided(x):
+        return sharding.constrain(x, *(None,) * (x.ndim - 1), "width") if x.ndim else x
+
+    return jax.tree.map(divided, LoraState(adapters, tx.init(adapters)))
 
 
 def lora_method(decoder: backbone.Decoder, tx) -> Method:
@@ -121,7 +136,7 @@ def lora_method(decoder: backbone.Decoder, tx) -> Method:
 
     def forward(params, adapters, batch: Bucket):
         hidden_BTD, _ = backbone.prefix(decoder, params, batch.inputs, adapter=adapters["prefix"])
-        return _reduce(*model.token_losses(decoder, params, hidden_BTD, batch.targets_FT, adapters["suffix"]), batch)
+        return _reduce(*_token_losses(decoder, params, hidden_BTD, batch, adapters["suffix"]), batch)
 
     @functools.partial(jax.jit, donate_argnums=1)
     def step(params, state: LoraState, bucket: Bucket, rows_B):
@@ -142,33 +157,55 @@ def lora_method(decoder: backbone.Decoder, tx) -> Method:
     return Method(step, losses)
 
 
-def _reduce(losses_BT, likeliest_BT, batch: Bucket) -> tuple[Losses, jax.Array]:
-    """The losses of each fact, and the mean over its answer's tokens, which is what training lowers."""
-    losses_BT = jnp.where(batch.mask_FT, losses_BT, 0.0)
-    total_B = losses_BT.sum(axis=1)
-    losses = Losses(total_B, losses_BT.max(axis=1), (likeliest_BT | ~batch.mask_FT).all(axis=1))
-    return losses, total_B / jnp.maximum(batch.mask_FT.sum(axis=1), 1)
+def _token_losses(decoder, params, hidden_BTD, batch: Bucket, suffix_adapter):
+    return model.token_losses(decoder, params, hidden_BTD, batch.start_F, batch.targets_FA, suffix_adapter)
 
 
-def memory_buckets(base: model.Base, examples: Sequence[Examples], slots_FK: np.ndarray) -> list[Bucket]:
-    """The facts with their prefix activations, computed once, and their experts' slots."""
-    gate = slots_FK.shape[1] ** -0.5
-    buckets = []
-    for facts in examples:
-        hidden = [
-            model.read(base.decoder, base.params, facts.tokens_FT[rows_B])
-            for rows_B in batches.in_order(len(facts.index_F), min(64, len(facts.index_F)))
-        ]
-        hidden_FTD = jnp.concatenate(hidden)[: len(facts.index_F)]
-        slots = jnp.asarray(slots_FK[facts.index_F])
-        bucket = Bucket(hidden_FTD, facts.targets_FT, facts.loss_mask_FT, slots, jnp.full(slots.shape, gate))
-        buckets.append(jax.device_put(bucket))
-    return buckets
+def _reduce(losses_BA, likeliest_BA, batch: Bucket) -> tuple[Losses, jax.Array]:
+    """The losses of each fact, on every device, and the mean over its answer's tokens, which training lowers."""
+    mask_BA = jnp.arange(losses_BA.shape[1])[None] < batch.length_F[:, None]
+    losses_BA = jnp.where(mask_BA, losses_BA, 0.0)
+    total_B = losses_BA.sum(axis=1)
+    losses = Losses(total_B, losses_BA.max(axis=1), (likeliest_BA | ~mask_BA).all(axis=1))
+    return jax.tree.map(sharding.constrain, losses), total_B / jnp.maximum(batch.length_F, 1)
+
+
+def memory_buckets(
+    base: model.Base, examples: Sequence[Examples], expert_ids_FK: np.ndarray, slots_FK: np.ndarray
+) -> list[Bucket]:
+    """The facts with their prefix activations, computed once, and their experts with their slots."""
+    return [
+        _bucket(facts, _read(base, facts.tokens_FT), expert_ids_FK[facts.index_F], slots_FK[facts.index_F])
+        for facts in examples
+    ]
 
 
 def lora_buckets(examples: Sequence[Examples]) -> list[Bucket]:
     """The facts as tokens."""
-    return [jax.device_put(Bucket(facts.tokens_FT, facts.targets_FT, facts.loss_mask_FT)) for facts in examples]
+    return [_bucket(facts, sharding.put(_padded(facts.tokens_FT), "facts", None)) for facts in examples]
+
+
+def _bucket(facts: Examples, inputs, *selection: np.ndarray) -> Bucket:
+    arrays = facts.start_F, facts.answer_length_F, facts.targets_FA, *selection
+    return Bucket(inputs, *(sharding.put(_padded(x), "facts", *(None,) * (x.ndim - 1)) for x in arrays))
+
+
+def _padded(table_F: np.ndarray) -> np.ndarray:
+    """Facts that nobody asks for fill up the last shards."""
+    padding = sharding.padded(len(table_F), "facts") - len(table_F)
+    return np.pad(table_F, [(0, padding), *[(0, 0)] * (table_F.ndim - 1)])
+
+
+def _read(base: model.Base, tokens_FT: np.ndarray):
+    """hidden_FTD, some facts of every shard at a time."""
+    tokens_FT = _padded(tokens_FT)
+    shape = (*tokens_FT.shape, base.decoder.config.width)
+    names = sharding.fit(("facts", None, "width"), shape)
+    hidden_FTD = sharding.zeros(shape, np.float32, names)
+    for start, index_B in sharding.turns(len(tokens_FT), "facts"):
+        hidden_BTD = model.read(base.decoder, base.params, tokens_FT[index_B])
+        hidden_FTD = sharding.write(hidden_FTD, hidden_BTD, np.int32(start), names)
+    return hidden_FTD
 
 
 @dataclasses.dataclass
@@ -182,6 +219,9 @@ class Log:
     certified: list[int] = dataclasses.field(default_factory=list)  # per epoch, facts
     seconds: list[float] = dataclasses.field(default_factory=list)  # per epoch
     full_recall: int | None = None  # the first epoch after which every fact was recalled
+    steps: int = 0
+    batches: int = 0  # of the epoch under way, and which facts it trains
+    active_F: np.ndarray | None = None
 
     @property
     def epoch(self) -> int:
@@ -191,7 +231,7 @@ class Log:
 def new_log(num_facts: int) -> Log:
     """The log of a run that has not begun."""
     unknown_F = np.full(num_facts, np.inf, np.float32)
-    return Log(unknown_F, unknown_F.copy(), np.zeros(num_facts, bool))
+    return Log(unknown_F, unknown_F.copy(), np.zeros(num_facts, bool), active_F=np.ones(num_facts, bool))
 
 
 class Facts(NamedTuple):
@@ -202,7 +242,7 @@ class Facts(NamedTuple):
 
     @property
     def tokens(self) -> int:
-        return int(sum(facts.loss_mask_FT.sum() for facts in self.examples))
+        return int(sum(facts.answer_length_F.sum() for facts in self.examples))
 
 
 def check(method: Method, params, state, facts: Facts, log: Log, batch_size: int) -> None:
@@ -211,18 +251,45 @@ def check(method: Method, params, state, facts: Facts, log: Log, batch_size: int
     for number, bucket in enumerate(facts.buckets):
         count = len(facts.examples[number].index_F)
         for rows_B in batches.in_order(count, min(batch_size, count)):
+            rows_B = _whole(rows_B)
             pending.append((number, rows_B, method.losses(params, state, bucket, rows_B)))
     _record(log, facts, pending)
 
 
-def train_epoch(method: Method, params, state, facts: Facts, log: Log, config: TuningConfig, seed: int, active=None):
-    """One epoch over the active facts (all unless given); the log gets each fact's losses from before its step."""
+def train_epoch(
+    method: Method,
+    params,
+    state,
+    facts: Facts,
+    log: Log,
+    config: TuningConfig,
+    seed: int,
+    interrupted=lambda log: False,
+):
+    """The epoch under way, from where it stands, over the active facts.
+
+    The log gets each fact's losses from before its step. After a step at which it is `interrupted`, `log.batches` says
+    how far it came; 0 is the end.
+    """
     pending = []
-    for number, rows_B in batches.epoch_batches(facts.examples, config.batch_size, seed, log.epoch, active):
+    order = batches.epoch_batches(facts.examples, config.batch_size, seed, log.epoch, log.active_F)
+    for number, rows_B in itertools.islice(order, log.batches, None):
+        rows_B = _whole(rows_B)
         state, losses = method.step(params, state, facts.buckets[number], rows_B)
         pending.append((number, rows_B, losses))
+        log.steps += 1
+        log.batches += 1
+        if interrupted(log):
+            break
+    else:
+        log.batches = 0
     _record(log, facts, pending)
     return state
+
+
+def _whole(rows_B: np.ndarray) -> np.ndarray:
+    """Rows of -1 fill up what the shards of a batch cannot divide."""
+    return np.pad(rows_B, (0, sharding.padded(rows_B.size, "batch") - rows_B.size), constant_values=-1)
 
 
 def _record(log: Log, facts: Facts, pending) -> None:
@@ -245,18 +312,19 @@ def tune(
     recalled: Callable[[Any], np.ndarray],
     until_all_hold: bool,
     after_epoch: Callable[[Any, Log], None] = lambda state, log: None,
+    interrupted: Callable[[Log], bool] = lambda log: False,
 ):
     """Trains from where `log` stands until the budget of epochs is spent; returns the state.
 
     `recalled` tells from a state which facts are recalled, by decoding. With `until_all_hold`, certified facts are
-    spared, all are checked every few epochs, and tuning ends as soon as every fact is certified and recalled.
+    spared, all are checked every few epochs, and tuning ends as soon as every fact is certified and recalled. When it
+    is `interrupted`, asked after every step, it ends at once, within an epoch (`log.batches` is not 0).
     """
     threshold = certified_loss(config.backbone.dtype)
     batch_size = config.tuning.batch_size
     while log.epoch < config.tuning.epochs:
         started = time.perf_counter()
-        active_F = None
-        if until_all_hold:
+        if until_all_hold and log.batches == 0:
             if log.epoch % CHECK_EVERY == 0 or (log.worst_F < threshold).all():
                 check(method, params, state, facts, log, batch_size)
             if (log.worst_F < threshold).all():
@@ -264,8 +332,10 @@ def tune(
                 if recalled_F.all():
                     break
                 log.worst_F[~recalled_F] = np.inf
-            active_F = log.worst_F >= threshold
-        state = train_epoch(method, params, state, facts, log, config.tuning, config.seed, active_F)
+            log.active_F = log.worst_F >= threshold
+        state = train_epoch(method, params, state, facts, log, config.tuning, config.seed, interrupted)
+        if log.batches:
+            return state
         log.seconds.append(time.perf_counter() - started)
         log.certified.append(int((log.worst_F < threshold).sum()))
         log.loss.append(float(log.total_F.sum(dtype=np.float64) / facts.tokens))

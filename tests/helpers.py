@@ -45,8 +45,9 @@ def random_params(config: BackboneConfig, seed: int = 0) -> backbone.Params:
 
 def make_base(config: Config = CONFIG, seed: int = 0) -> model.Base:
     """A random backbone, cut where the memory of `config` begins."""
-    params = backbone.cut(random_params(config.backbone, seed), config.memory.layers)
-    return model.Base(backbone.Decoder(config.backbone, config.memory.layers), params, TOKENIZER)
+    decoder = backbone.Decoder(config.backbone, config.memory.layers)
+    params = backbone.put(decoder, backbone.cut(random_params(config.backbone, seed), config.memory.layers))
+    return model.Base(decoder, params, TOKENIZER)
 
 
 def some_facts(count: int, answer_length: int = 4) -> list[Fact]:
@@ -69,7 +70,7 @@ def random_router(config: Config, seed: int = 0) -> router.Router:
     rng = np.random.default_rng(seed)
     width = config.backbone.width
     transform_DC = rng.normal(size=(width, config.router.key_width)).astype(np.float32)
-    return router.Router(jnp.zeros(width), jnp.asarray(transform_DC), router.keys(config), config.router.lookup)
+    return router.make(config, np.zeros(width, np.float32), transform_DC)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,8 +88,9 @@ class Tuning:
 
     def fresh_state(self) -> tuning.MemoryState:
         """The state before any step: a step takes its state's memory over, so everyone needs one of their own."""
-        ids_S, _ = row_optimizer.slots_of(self.expert_ids_FK)
-        rows_NR = bank.init(jax.random.key(2), self.shape, self.config.memory.num_experts)
+        num_experts = self.config.memory.num_experts
+        ids_S, _ = row_optimizer.slots_of(self.expert_ids_FK, num_experts)
+        rows_NR = bank.init(np.uint32(2), self.shape, num_experts)
         return tuning.MemoryState(rows_NR, row_optimizer.init(self.tx, ids_S, self.shape))
 
 
@@ -98,13 +100,27 @@ def make_tuning(config: Config, base: model.Base, facts: list[Fact], expert_ids_
     if expert_ids_FK is None:
         rng = np.random.default_rng(1)
         expert_ids_FK = np.stack([rng.choice(memory.num_experts, memory.selected, replace=False) for _ in facts])
-    _, slots_FK = row_optimizer.slots_of(expert_ids_FK)
+    _, slots_FK = row_optimizer.slots_of(expert_ids_FK, memory.num_experts)
     shape = bank.row_shape(config.backbone, memory)
     tx = row_optimizer.make(config.tuning.optimizer, config.tuning.learning_rate)
     method = tuning.memory_method(base.decoder, shape, memory.target, tx)
     examples = batches.encode(facts, base.tokenizer)
-    prepared = tuning.Facts(examples, tuning.memory_buckets(base, examples, slots_FK))
+    prepared = tuning.Facts(examples, tuning.memory_buckets(base, examples, expert_ids_FK, slots_FK))
     return Tuning(config, base, shape, expert_ids_FK, slots_FK, tx, method, prepared)
+
+
+def flat(rows) -> np.ndarray:
+    """Rows as one array (..., R): the M down vectors, then the M up vectors."""
+    parts = [np.asarray(rows[name]) for name in ("down", "up")]
+    return np.concatenate([part.reshape(*part.shape[:-2], -1) for part in parts], axis=-1)
+
+
+def parts(rows_XR, shape: bank.RowShape) -> dict[str, jax.Array]:
+    """The inverse of `flat`."""
+    cut = shape.layers * shape.input_width
+    split = {"down": rows_XR[..., :cut], "up": rows_XR[..., cut:]}
+    leading = rows_XR.shape[:-1]
+    return {name: jnp.asarray(split[name]).reshape(part) for name, part in shape.parts(*leading).items()}
 
 
 def same_bits(a, b) -> bool:

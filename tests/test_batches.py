@@ -32,21 +32,23 @@ def test_rows_hold_prompt_completion_and_padding():
     assert sorted(seen) == list(range(300))
 
 
-def test_mask_covers_exactly_the_completion():
+def test_targets_are_exactly_the_completion():
     facts = some_facts(300)
     for bucket in batches.encode(facts, TOKENIZER):
-        assert bucket.loss_mask_FT.shape == bucket.targets_FT.shape == bucket.tokens_FT.shape
-        for targets_T, mask_T, index in zip(bucket.targets_FT, bucket.loss_mask_FT, bucket.index_F, strict=True):
-            assert targets_T[mask_T].tolist() == TOKENIZER.completion(facts[index].answer)
-        assert not (bucket.loss_mask_FT & (bucket.targets_FT == TOKENIZER.pad_id)).any()
+        assert bucket.targets_FA.shape == (len(bucket.index_F), bucket.answer_length_F.max())
+        for fact in range(len(bucket.index_F)):
+            completion = TOKENIZER.completion(facts[bucket.index_F[fact]].answer)
+            start, length = bucket.start_F[fact], bucket.answer_length_F[fact]
+            assert bucket.targets_FA[fact, :length].tolist() == completion
+            assert bucket.tokens_FT[fact, start + 1 : start + 1 + length].tolist() == completion
 
 
-def test_mask_by_hand():
+def test_targets_by_hand():
     (bucket,) = batches.encode([Fact("", "ab", "xyz")], TOKENIZER, multiple=10)
     begin, answer, stop, pad = TOKENIZER.begin_id, TOKENIZER.answer_id, TOKENIZER.stop_id, TOKENIZER.pad_id
     assert bucket.tokens_FT.tolist() == [[begin, *b"ab", answer, *b"xyz", stop, pad, pad]]
-    assert bucket.loss_mask_FT.astype(int).tolist() == [[0, 0, 0, 1, 1, 1, 1, 0, 0, 0]]
-    assert bucket.targets_FT[bucket.loss_mask_FT].tolist() == [*b"xyz", stop]
+    assert (bucket.start_F.tolist(), bucket.answer_length_F.tolist()) == ([3], [4])
+    assert bucket.targets_FA.tolist() == [[*b"xyz", stop]]
 
 
 def test_prompts_are_prompts_alone():

@@ -14,7 +14,7 @@ from helpers import FACTS
 from lamini_jax import checkpoint, router, runs, tuning
 from lamini_jax.errors import UserError
 
-LOSSES = ("total_F", "worst_F", "likeliest_F")
+LOSSES = ("total_F", "worst_F", "likeliest_F", "active_F")
 
 
 class Killed(Exception):
@@ -30,11 +30,12 @@ def latest(directory):
 
 def assert_same_run(directory, other):
     """Rows, optimizer, router and log: bit for bit (all but the seconds that it took)."""
-    (tree, log, extra), (other_tree, other_log, other_extra) = latest(directory), latest(other)
-    assert helpers.same_bits(tree, other_tree)
-    assert extra == other_extra
+    saved, other_saved = latest(directory), latest(other)
+    assert helpers.same_bits((saved.tables, saved.arrays), (other_saved.tables, other_saved.arrays))
+    assert saved.extra == other_saved.extra
+    log, other_log = saved.log, other_saved.log
     assert helpers.same_bits([getattr(log, name) for name in LOSSES], [getattr(other_log, name) for name in LOSSES])
-    assert log.epoch == other_log.epoch
+    assert (log.epoch, log.steps, log.batches) == (other_log.epoch, other_log.steps, 0)
     for name in ("loss", "certified", "full_recall"):
         assert getattr(log, name) == getattr(other_log, name)
 
@@ -61,8 +62,8 @@ def kill_after(epoch, monkeypatch):
     """From now on a run saves after every epoch, and ends when it has saved this one."""
     save = checkpoint.Checkpoints.save
 
-    def save_and_die(self, tree, log, extra):
-        save(self, tree, log, extra)
+    def save_and_die(self, tables, arrays, log, extra):
+        save(self, tables, arrays, log, extra)
         if log.epoch == epoch:
             self.close()
             raise Killed
@@ -76,7 +77,7 @@ def killed_and_continued(tune, directory, epoch):
         kill_after(epoch, monkeypatch)
         with pytest.raises(Killed):
             tune(directory)
-    assert latest(directory)[1].epoch == epoch
+    assert latest(directory).log.epoch == epoch
     return tune(directory)
 
 
@@ -86,7 +87,7 @@ def test_a_larger_budget_goes_on(tune_memory, tmp_path):
     tune_memory(tmp_path / "first", epochs=8)
     tune_memory(tmp_path / "straight", epochs=8)
     assert_same_run(tmp_path / "first", tmp_path / "straight")
-    assert latest(tmp_path / "straight")[1].epoch == 8
+    assert latest(tmp_path / "straight").log.epoch == 8
 
 
 def test_killed_memory_tuning_continues(tune_memory, tmp_path):
@@ -135,14 +136,14 @@ def test_sigkill(tmp_path):
     process.kill()
     process.communicate()
     assert process.returncode == -signal.SIGKILL
-    before = latest(checkpoints)[1]
+    before = latest(checkpoints).log
     assert before.epoch > 0
 
     for name in ("killed", "unstopped"):
         result = helpers.call(*arguments(name, before.epoch + 6))
         assert result.returncode == 3, result.stderr
     assert_same_run(checkpoints, tmp_path / "unstopped" / "checkpoints")
-    assert latest(checkpoints)[1].seconds[: before.epoch] == before.seconds, "it began anew"
+    assert latest(checkpoints).log.seconds[: before.epoch] == before.seconds, "it began anew"
     assert (tmp_path / "killed" / "recall.jsonl").read_text() == (tmp_path / "unstopped" / "recall.jsonl").read_text()
 
 
@@ -163,23 +164,23 @@ def copied(finished, tmp_path):
 
 def test_a_half_written_checkpoint_is_ignored(copied, tune_memory):
     """What a kill leaves behind has another name than a whole one until it is whole."""
-    half = copied / "5.orbax-checkpoint-tmp"
-    shutil.copytree(copied / "2", half)
+    half = copied / "12.orbax-checkpoint-tmp"
+    shutil.copytree(copied / "6", half)
     for path in sorted(half.rglob("*"))[::2]:
         if path.is_file():
             path.write_bytes(path.read_bytes()[:10])
-    assert latest(copied)[1].epoch == 2
+    assert latest(copied).log.epoch == 2
     assert tune_memory(copied, epochs=6).log.epoch == 6
-    assert latest(copied)[1].epoch == 6
+    assert latest(copied).log.epoch == 6
 
 
 def test_a_broken_checkpoint_is_named(copied):
-    for path in (copied / "2").rglob("*"):
+    for path in (copied / "6").rglob("*"):
         if path.is_file():
             path.write_bytes(path.read_bytes()[:10])
     with pytest.raises(UserError) as error:
         latest(copied)
-    assert str(copied / "2") in str(error.value) and "\n" not in str(error.value)
+    assert str(copied / "6") in str(error.value) and "\n" not in str(error.value)
 
 
 def test_other_keys_are_refused(copied, tune_memory, monkeypatch):
@@ -208,7 +209,7 @@ def test_checksum_sees_every_bit():
 
 def some_log(epoch):
     log = tuning.new_log(3)
-    log.loss = [1 / 3] * epoch
+    log.steps, log.loss = epoch, [1 / 3] * epoch
     log.certified, log.seconds = [0] * epoch, [0.1] * epoch
     return log
 
@@ -217,19 +218,21 @@ def test_a_checkpoint_holds_what_was_when_it_was_saved(tmp_path):
     """It is written while the next steps take the memory of the arrays over and the log goes on."""
     advance = jax.jit(lambda tree: jax.tree.map(lambda x: x + 1, tree), donate_argnums=0)
     checkpoints = checkpoint.Checkpoints(tmp_path)
-    tree = {"rows_SR": jnp.arange(2_000_000.0).reshape(1000, -1), "optimizer": [jnp.zeros(3, jnp.int32), jnp.ones(())]}
+    tree = {"rows": [jnp.arange(2_000_000.0).reshape(1000, -1)], "optimizer": [jnp.zeros(3, jnp.int32), jnp.ones(1)]}
     expected = jax.tree.map(np.array, tree)
+    arrays = {"expert_ids_S": np.arange(5)}
     log = some_log(1)
     log.total_F[:] = [1, 2, np.inf]
-    checkpoints.save(tree, log, {"keys": 2**32 - 1})
+    checkpoints.save(tree, arrays, log, {"keys": 2**32 - 1})
     for _ in range(20):
         tree = advance(tree)
         log.total_F += 1
         log.loss.append(0.0)
     jax.block_until_ready(tree)
     checkpoints.close()
-    found, found_log, extra = latest(tmp_path)
-    assert helpers.same_bits(jax.tree.map(np.asarray, found), expected)
+    tables, found, found_log, extra = latest(tmp_path)
+    assert helpers.same_bits(jax.tree.map(np.asarray, tables), expected)
+    assert helpers.same_bits(found, arrays)
     assert found_log.total_F.tolist() == [1, 2, np.inf] and found_log.loss == [1 / 3]
     assert extra == {"keys": 2**32 - 1}
 
@@ -237,11 +240,11 @@ def test_a_checkpoint_holds_what_was_when_it_was_saved(tmp_path):
 def test_two_checkpoints_are_kept(tmp_path):
     checkpoints = checkpoint.Checkpoints(tmp_path)
     for epoch in range(1, 6):
-        checkpoints.save({"a": jnp.full(2, epoch)}, some_log(epoch), {})
-    checkpoints.save({"a": jnp.zeros(2)}, some_log(5), {})  # saved already
+        checkpoints.save({"a": jnp.full(2, epoch)}, {}, some_log(epoch), {})
+    checkpoints.save({"a": jnp.zeros(2)}, {}, some_log(5), {})  # saved already
     checkpoints.close()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["4", "5"]
-    assert latest(tmp_path)[0]["a"].tolist() == [5, 5]
+    assert latest(tmp_path).tables["a"][0].tolist() == [5, 5]
 
 
 def test_no_checkpoint(tmp_path):
@@ -250,7 +253,7 @@ def test_no_checkpoint(tmp_path):
 
 def test_arrays_of_other_shapes_are_refused():
     tree = {"a": jnp.zeros((2, 3)), "b": (jnp.ones(4), jnp.arange(5))}
-    saved = [np.asarray(leaf) for leaf in checkpoint.leaves(tree)]
+    saved = [np.asarray(leaf) for leaf in jax.tree.leaves(tree)]
     assert helpers.same_bits(checkpoint.like(tree, saved), tree)
     for other in (saved[:-1], [*saved, saved[0]], [saved[0].T, *saved[1:]]):
         with pytest.raises(UserError, match="shapes"):

@@ -160,7 +160,7 @@ def test_approximate_finds_most(num_keys):
 
 
 def test_training_has_the_lookups_that_find_all():
-    assert set(config.LOOKUPS) == set(lookup.FIND) - {"approximate"}
+    assert set(config.LOOKUPS) == set(lookup.NAMES) - {"approximate"}
 
 
 @pytest.mark.parametrize("gpu", [False, True])

@@ -4,7 +4,6 @@ from types import SimpleNamespace
 
 import helpers
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -105,7 +104,8 @@ def test_asking_again_compiles_nothing(base, routing, caplog):
     fetch = jax.jit(bank.gather)
 
     def ask(seed):
-        rows_NR = jnp.asarray(np.random.default_rng(seed).normal(size=(4096, shape.floats)), jnp.float32)
+        rows_NR = np.random.default_rng(seed).normal(size=(4096, shape.floats)).astype(np.float32)
+        rows_NR = helpers.parts(rows_NR, shape)
         speak = recall.with_memory(base, routing, lambda ids_BK: fetch(rows_NR, ids_BK), helpers.CONFIG.memory)
         return recall.answers(base, speak, questions)
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lamini_jax import model, recall, router
+from lamini_jax import bank, model, recall, router
 from lamini_jax.data import batches
 from lamini_jax.errors import UserError
 
@@ -86,13 +86,16 @@ def test_selection_does_not_move(base, routing, expert_ids_FK):
     assert helpers.same_bits(model.select_all(base, routing, QUESTIONS, K), expert_ids_FK)
 
 
+SHAPE = bank.row_shape(helpers.BACKBONE, helpers.CONFIG.memory)
+
+
 def test_serving_fetches_what_tuning_selected(base, routing, expert_ids_FK, monkeypatch):
     """Asked alone or all together."""
     fetched = []
 
     def fetch(expert_ids_BK):
         fetched.append(np.asarray(expert_ids_BK))
-        return jnp.zeros((*expert_ids_BK.shape, 2 * (48 + 32)))
+        return helpers.parts(np.zeros((*expert_ids_BK.shape, 2 * (48 + 32)), np.float32), SHAPE)
 
     def silent(decoder, params, prompt_BT, length_B, longest, stop_id, *adapters):
         return np.full((len(length_B), 1), stop_id)

@@ -19,12 +19,16 @@ def draw(seed, count):
     return np.random.default_rng(seed).normal(size=(count, SHAPE.floats)).astype(np.float32)
 
 
-def row_parts(row_R):
-    return {"down": jnp.asarray(row_R[:10].reshape(2, 5)), "up": jnp.asarray(row_R[10:].reshape(2, 3))}
+def start(tx, rows):
+    """A bank of these rows, each of them selected."""
+    return helpers.parts(rows, SHAPE), row_optimizer.init(tx, np.arange(NUM_SLOTS, dtype=np.int32), SHAPE)
 
 
-def flat(parts):
-    return np.concatenate([np.asarray(parts["down"]).ravel(), np.asarray(parts["up"]).ravel()])
+def update(tx, rows_NR, slots, slots_U, gradients):
+    """A step of one fact that selected these slots."""
+    gradients_BKR = helpers.parts(gradients[None], SHAPE)
+    step = jax.jit(lambda *arguments: row_optimizer.update(tx, *arguments, SHAPE))
+    return step(rows_NR, slots, np.array([slots_U], np.int32), gradients_BKR)
 
 
 def state_of(slots, slot):
@@ -39,57 +43,67 @@ def tx(request):
 def test_each_row_by_itself(tx):
     """Several steps of different rows, against optax on one row at a time."""
     rows = draw(0, NUM_SLOTS)
-    slots = row_optimizer.init(tx, np.arange(NUM_SLOTS), SHAPE)
-    expected_rows = [row_parts(row) for row in rows]
+    rows_NR, slots = start(tx, rows)
+    expected_rows = [helpers.parts(row, SHAPE) for row in rows]
     expected_states = [tx.init(parts) for parts in expected_rows]
-    update = jax.jit(
-        lambda slots, slots_U, rows, gradients: row_optimizer.update(tx, slots, slots_U, rows, gradients, SHAPE)
-    )
     update_one = jax.jit(tx.update)
     for step, slots_U in enumerate(STEPS):
         gradients = draw(step + 1, len(slots_U))
         touched = [slot for slot in slots_U if slot < NUM_SLOTS]
-        before = [state_of(slots, slot) for slot in range(NUM_SLOTS)]
-        given = np.concatenate([rows, np.ones((1, SHAPE.floats), np.float32)])[slots_U]
-        new_rows, slots = update(slots, jnp.array(slots_U), given, gradients)
+        before, rows_before = [state_of(slots, slot) for slot in range(NUM_SLOTS)], helpers.flat(rows_NR)
+        rows_NR, slots = update(tx, rows_NR, slots, slots_U, gradients)
         for place, slot in enumerate(slots_U):
             if slot < NUM_SLOTS:
-                rows[slot] = new_rows[place]
-                parts = expected_rows[slot]
-                updates, expected_states[slot] = update_one(row_parts(gradients[place]), expected_states[slot], parts)
+                parts, gradient = expected_rows[slot], helpers.parts(gradients[place], SHAPE)
+                updates, expected_states[slot] = update_one(gradient, expected_states[slot], parts)
                 expected_rows[slot] = jax.tree.map(jnp.add, parts, updates)
         for slot in range(NUM_SLOTS):
-            np.testing.assert_allclose(rows[slot], flat(expected_rows[slot]), rtol=1e-5, atol=1e-7)
+            found = helpers.flat(rows_NR)[slot]
+            np.testing.assert_allclose(found, helpers.flat(expected_rows[slot]), rtol=1e-5, atol=1e-7)
             state = state_of(slots, slot)
             assert jax.tree.structure(state) == jax.tree.structure(expected_states[slot])
-            for found, expected in zip(jax.tree.leaves(state), jax.tree.leaves(expected_states[slot]), strict=True):
-                np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-9)
-            assert helpers.same_bits(state, before[slot]) or slot in touched
+            for leaf, expected in zip(jax.tree.leaves(state), jax.tree.leaves(expected_states[slot]), strict=True):
+                np.testing.assert_allclose(leaf, expected, rtol=1e-5, atol=1e-9)
+            same = helpers.same_bits(state, before[slot]) and helpers.same_bits(found, rows_before[slot])
+            assert same or slot in touched
+
+
+def test_gradients_of_a_slot_that_several_facts_selected_are_summed():
+    tx = row_optimizer.make("sgd", 1.0)
+    rows, gradients = draw(0, NUM_SLOTS), draw(1, 4)
+    rows_NR, slots = start(tx, rows)
+    rows_NR, _ = update(tx, rows_NR, slots, [2, 4, 2, 2], gradients)
+    expected = rows.copy()
+    expected[4] -= gradients[1]
+    expected[2] -= gradients[[0, 2, 3]].sum(axis=0)
+    np.testing.assert_allclose(helpers.flat(rows_NR), expected, rtol=1e-5, atol=1e-6)
 
 
 def test_a_row_counts_its_own_steps():
     tx = row_optimizer.make("adam", 0.01)
-    slots = row_optimizer.init(tx, np.arange(NUM_SLOTS), SHAPE)
+    rows_NR, slots = start(tx, draw(0, NUM_SLOTS))
     for slots_U in STEPS:
-        rows = draw(0, len(slots_U))
-        _, slots = row_optimizer.update(tx, slots, jnp.array(slots_U), rows, rows, SHAPE)
+        rows_NR, slots = update(tx, rows_NR, slots, slots_U, draw(0, len(slots_U)))
     np.testing.assert_array_equal(slots.state[0].count, [2, 2, 4, 0, 2, 2])
 
 
 def test_the_first_step_of_adam_by_hand():
     """Its bias correction makes the first step of every row the learning rate, whenever it comes."""
     tx = row_optimizer.make("adam", 0.01)
-    slots = row_optimizer.init(tx, np.arange(NUM_SLOTS), SHAPE)
+    rows = draw(0, NUM_SLOTS)
+    rows_NR, slots = start(tx, rows)
     for slots_U in ([0, 1], [0, 2], [0, 3]):
-        rows, gradients = draw(0, 2), draw(1, 2)
-        new_rows, slots = row_optimizer.update(tx, slots, jnp.array(slots_U), rows, gradients, SHAPE)
-        np.testing.assert_allclose(new_rows[1], rows[1] - 0.01 * np.sign(gradients[1]), atol=1e-6)
+        gradients = draw(1, 2)
+        rows_NR, slots = update(tx, rows_NR, slots, slots_U, gradients)
+        new = slots_U[1]
+        np.testing.assert_allclose(helpers.flat(rows_NR)[new], rows[new] - 0.01 * np.sign(gradients[1]), atol=1e-6)
 
 
 def test_slots_are_the_distinct_experts_in_order():
     expert_ids_FK = np.array([[7, 3, 900], [3, 900, 1]])
-    ids_S, slots_FK = row_optimizer.slots_of(expert_ids_FK)
-    np.testing.assert_array_equal(ids_S, [1, 3, 7, 900])
+    ids_S, slots_FK = row_optimizer.slots_of(expert_ids_FK, 1000)
+    np.testing.assert_array_equal(ids_S[:4], [1, 3, 7, 900])
+    assert len(ids_S) == 64 and (ids_S[4:] == row_optimizer.NONE).all()
     np.testing.assert_array_equal(ids_S[slots_FK], expert_ids_FK)
     assert ids_S.dtype == slots_FK.dtype == np.int32
 

@@ -10,7 +10,7 @@ import optax
 import pytest
 from helpers import FACTS
 
-from lamini_jax import backbone, bank, lora, model, recall, row_optimizer, runs, tuning
+from lamini_jax import backbone, bank, model, recall, row_optimizer, runs, tuning
 from lamini_jax.data import batches
 
 
@@ -42,7 +42,7 @@ def test_frozen_stays_frozen(ready):
     assert helpers.same_bits(ready.base.params, params)
     assert helpers.same_bits(ready.facts.buckets, buckets)
 
-    before, after = np.asarray(ready.fresh_state().rows_NR), np.asarray(state.rows_NR)
+    before, after = helpers.flat(ready.fresh_state().rows_NR), helpers.flat(state.rows_NR)
     selected_N = np.isin(np.arange(len(before)), ready.expert_ids_FK)
     assert 100 < selected_N.sum() < 200
     assert helpers.same_bits(after[~selected_N], before[~selected_N])
@@ -74,7 +74,7 @@ def test_a_step_moves_only_the_experts_of_its_facts(ready):
     before = copy(state)
     facts_B = [3, 11, 17]
     state, _ = step(ready, state, [*facts_B, -1, -1, -1, -1, -1])
-    moved_N = (np.asarray(state.rows_NR) != before.rows_NR).any(axis=1)
+    moved_N = (helpers.flat(state.rows_NR) != helpers.flat(before.rows_NR)).any(axis=1)
     assert set(np.flatnonzero(moved_N)) == set(ready.expert_ids_FK[facts_B].ravel())
     untouched_S = ~np.isin(state.slots.expert_ids_S, ready.expert_ids_FK[facts_B])
     for now, then in zip(jax.tree.leaves(state.slots), jax.tree.leaves(before.slots), strict=True):
@@ -108,20 +108,29 @@ def plain_losses(ready, rows_NR, facts_B):
     (examples,) = ready.facts.examples
     decoder, params = ready.base.decoder, ready.base.params
     K = ready.expert_ids_FK.shape[1]
-    rows_BKR = rows_NR[ready.expert_ids_FK[facts_B]]
-    adapter = bank.adapter(rows_BKR, jnp.full(rows_BKR.shape[:2], K**-0.5), ready.shape, ready.config.memory.target)
+    rows_BKR = jax.tree.map(lambda x: x[ready.expert_ids_FK[facts_B]], rows_NR)
+    adapter = bank.adapter(rows_BKR, jnp.full((len(facts_B), K), K**-0.5), ready.config.memory.target)
     hidden_BTD, _ = backbone.prefix(decoder, params, examples.tokens_FT[facts_B])
     hidden_BTD, _ = backbone.suffix(decoder, params, hidden_BTD, adapter=adapter)
     log_probabilities_BTV = jax.nn.log_softmax(backbone.unembed(decoder, params, hidden_BTD))
-    right_BTV = jax.nn.one_hot(examples.targets_FT[facts_B], 256)
-    return -jnp.sum(log_probabilities_BTV * right_BTV, axis=-1), examples.loss_mask_FT[facts_B]
+    targets_FT, mask_FT = next_tokens(examples)
+    right_BTV = jax.nn.one_hot(targets_FT[facts_B], 256)
+    return -jnp.sum(log_probabilities_BTV * right_BTV, axis=-1), mask_FT[facts_B]
+
+
+def next_tokens(examples):
+    """The token that each position predicts, and which of them are an answer's."""
+    position_T = np.arange(examples.tokens_FT.shape[1])
+    mask_FT = (position_T >= examples.prompt_length_F[:, None] - 1) & (position_T < examples.length_F[:, None] - 1)
+    return np.roll(examples.tokens_FT, -1, axis=1), mask_FT
 
 
 def test_experts_that_facts_share_get_the_sum_of_their_gradients(crowded):
     """The same gradient as from plain differentiation through the gather, which is as large as the bank."""
     facts_B = np.arange(8)
     assert np.unique(crowded.expert_ids_FK[facts_B]).size < 50  # of 64 selections
-    rows_NR = jnp.asarray(np.random.default_rng(0).normal(size=(80, crowded.shape.floats)) / 10, jnp.float32)
+    rows_NR = np.random.default_rng(0).normal(size=(80, crowded.shape.floats)).astype(np.float32) / 10
+    rows_NR = helpers.parts(rows_NR, crowded.shape)
 
     @jax.jit
     @jax.grad
@@ -129,10 +138,10 @@ def test_experts_that_facts_share_get_the_sum_of_their_gradients(crowded):
         losses_BT, mask_BT = plain_losses(crowded, rows_NR, facts_B)
         return jnp.sum(jnp.sum(losses_BT * mask_BT, axis=1) / mask_BT.sum(axis=1))
 
-    expected_NR = np.asarray(dense_gradient(rows_NR))
-    state = crowded.fresh_state().replace(rows_NR=jnp.array(rows_NR))
+    expected_NR = helpers.flat(dense_gradient(rows_NR))
+    state = crowded.fresh_state().replace(rows_NR=jax.tree.map(jnp.array, rows_NR))
     state, _ = step(crowded, state, facts_B)
-    found_NR = np.asarray(rows_NR) - np.asarray(state.rows_NR)
+    found_NR = helpers.flat(rows_NR) - helpers.flat(state.rows_NR)
     np.testing.assert_allclose(found_NR, expected_NR, rtol=1e-4, atol=1e-4 * abs(expected_NR).max())
     assert abs(expected_NR).max() > 0.01
 
@@ -222,7 +231,8 @@ def state_recall(ready, state, shape):
     """Which facts decoding returns, with the experts of `ready` and not a router's."""
     (prompts,) = batches.prompts([fact.question for fact in FACTS], helpers.TOKENIZER)
     gates_FK = jnp.full(ready.expert_ids_FK.shape, ready.expert_ids_FK.shape[1] ** -0.5)
-    adapter = bank.adapter(state.rows_NR[ready.expert_ids_FK], gates_FK, shape, ready.config.memory.target)
+    rows_FKR = jax.tree.map(lambda x: x[ready.expert_ids_FK], state.rows_NR)
+    adapter = bank.adapter(rows_FKR, gates_FK, ready.config.memory.target)
     speak = recall.with_lora(ready.base, {"prefix": None, "suffix": adapter})
     answer_FA = np.asarray(speak(prompts.tokens_FT, prompts.length_F, 10))
     texts = [helpers.TOKENIZER.decode(answer_A) for answer_A in answer_FA]
@@ -299,7 +309,9 @@ def test_a_step_holds_nothing_of_the_size_of_the_bank(ready):
     state, few = ready.fresh_state(), helpers.CONFIG.memory.num_experts
     analyses = {}
     for num_experts in (few, 16 * few):
-        rows_NR = jax.ShapeDtypeStruct((num_experts, ready.shape.floats), np.float32)
+        rows_NR = {
+            name: jax.ShapeDtypeStruct(part, np.float32) for name, part in ready.shape.parts(num_experts).items()
+        }
         arguments = ready.base.params, state.replace(rows_NR=rows_NR), ready.facts.buckets[0], np.zeros(8, np.int32)
         analyses[num_experts] = ready.method.step.lower(*arguments).compile().memory_analysis()
         assert analyses[num_experts].alias_size_in_bytes >= num_experts * ready.shape.floats * 4
@@ -311,20 +323,21 @@ def test_a_step_holds_nothing_of_the_size_of_the_bank(ready):
 def test_a_step_takes_its_state_over(ready):
     state = ready.fresh_state()
     step(ready, state, range(8))
-    assert state.rows_NR.is_deleted()
+    assert all(part.is_deleted() for part in state.rows_NR.values())
 
 
 def test_lora_starts_at_nothing_and_learns(base):
     """The baseline: its first losses are the bare backbone's, then they fall; the backbone stays frozen."""
     config = helpers.CONFIG
-    adapters = lora.init(base.decoder, config.lora.rank, jax.random.key(0))
+    schedule = optax.linear_schedule(config.lora.learning_rate, 0.0, 8 * 3)
+    tx = row_optimizer.make(config.lora.optimizer, schedule)
+    state = tuning.lora_state(base.decoder, config.lora.rank, tx, np.uint32(0))
+    adapters = state.adapters
     assert all(not np.asarray(low_rank.up).any() for part in adapters.values() for low_rank in part.values())
     assert all(np.asarray(low_rank.down).all() for part in adapters.values() for low_rank in part.values())
-    tx = row_optimizer.make(config.lora.optimizer, optax.linear_schedule(config.lora.learning_rate, 0.0, 8 * 3))
     method = tuning.lora_method(base.decoder, tx)
     examples = batches.encode(FACTS, base.tokenizer)
     facts = tuning.Facts(examples, tuning.lora_buckets(examples))
-    state = tuning.LoraState(adapters, tx.init(adapters))
     params, log = copy(base.params), tuning.new_log(len(FACTS))
     tuning.check(method, base.params, state, facts, log, config.tuning.batch_size)
 
@@ -332,8 +345,9 @@ def test_lora_starts_at_nothing_and_learns(base):
     whole = backbone.join(base.params)
     logits_FTV = jax.jit(lambda tokens_FT: backbone.logits(helpers.BACKBONE, whole, tokens_FT))(bucket.tokens_FT)
     log_probabilities_FTV = np.asarray(jax.nn.log_softmax(logits_FTV))
-    losses_FT = -np.take_along_axis(log_probabilities_FTV, bucket.targets_FT[:, :, None], axis=-1)[:, :, 0]
-    expected_F = losses_FT.sum(axis=1, where=bucket.loss_mask_FT)
+    targets_FT, mask_FT = next_tokens(bucket)
+    losses_FT = -np.take_along_axis(log_probabilities_FTV, targets_FT[:, :, None], axis=-1)[:, :, 0]
+    expected_F = losses_FT.sum(axis=1, where=mask_FT)
     np.testing.assert_allclose(log.total_F[bucket.index_F], expected_F, rtol=1e-4)
 
     for _ in range(8):

@@ -28,15 +28,20 @@ class Examples:
     index_F: np.ndarray  # in the list of facts
 
     @property
-    def targets_FT(self) -> np.ndarray:
-        """The token that each position predicts; the last position predicts nothing that counts."""
-        return np.roll(self.tokens_FT, -1, axis=1)
+    def start_F(self) -> np.ndarray:
+        """The position that predicts the first token of the completion."""
+        return self.prompt_length_F - 1
 
     @property
-    def loss_mask_FT(self) -> np.ndarray:
-        """True where the predicted token belongs to the completion, the stop token included."""
-        position_T = np.arange(self.tokens_FT.shape[1])
-        return (position_T >= self.prompt_length_F[:, None] - 1) & (position_T < self.length_F[:, None] - 1)
+    def answer_length_F(self) -> np.ndarray:
+        """Tokens of the completion, the stop token included."""
+        return self.length_F - self.prompt_length_F
+
+    @property
+    def targets_FA(self) -> np.ndarray:
+        """The tokens of the completions, A being the longest one's; what follows a shorter one does not count."""
+        places_FA = self.prompt_length_F[:, None] + np.arange(self.answer_length_F.max())[None]
+        return np.take_along_axis(self.tokens_FT, np.minimum(places_FA, self.tokens_FT.shape[1] - 1), axis=1)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -4,24 +4,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import PartitionSpec as P
 
-from lamini_jax import lookup
+from lamini_jax import lookup, sharding
+from lamini_jax.config import MeshConfig
 
 MESHES = [(8, 1), (2, 4), (1, 8)]
 
 
-def mesh_of(shape):
-    return jax.make_mesh(shape, ("data", "model"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
-
-
-def find(shape, keys_NC, query_BC, k, lookup_name="exact"):
+def find(mesh, keys_NC, query_BC, k, name="exact"):
     """Over shards of equal size, what fills up the last one being the last key again."""
-    mesh, num_keys = mesh_of(shape), keys_NC.shape[0]
-    padded_NC = np.pad(keys_NC, ((0, -num_keys % mesh.size), (0, 0)), mode="edge")
-    sharded_NC = jax.device_put(padded_NC, jax.NamedSharding(mesh, P(("data", "model"))))
-    run = jax.jit(lambda keys, query: lookup.sharded(mesh, lookup.FIND[lookup_name], keys, query, k, num_keys))
-    return run(sharded_NC, query_BC)
+    num_keys = keys_NC.shape[0]
+    with sharding.use(MeshConfig(*mesh)):
+        padded_NC = np.pad(keys_NC, ((0, -num_keys % 8), (0, 0)), mode="edge")
+        keys_NC = sharding.put(padded_NC, "keys", None)
+        return jax.jit(lambda keys, query: lookup.find(name, keys, query, k, num_keys))(keys_NC, query_BC)
 
 
 def normal(seed, shape):
@@ -71,10 +67,10 @@ def test_nan_is_refused():
 
 def test_only_candidates_travel():
     """All that crosses devices is k candidates from each, whatever N."""
-    mesh = mesh_of((2, 4))
-    keys = jax.ShapeDtypeStruct((2**17, 16), jnp.float32, sharding=jax.NamedSharding(mesh, P(("data", "model"))))
-    run = jax.jit(lambda keys, query: lookup.sharded(mesh, lookup.exact, keys, query, 32, 2**17))
-    text = run.lower(keys, jax.ShapeDtypeStruct((4, 16), jnp.float32)).compile().as_text()
+    with sharding.use(MeshConfig(2, 4)):
+        keys = jax.ShapeDtypeStruct((2**17, 16), jnp.float32, sharding=sharding.layout(("keys",), (2**17, 16)))
+        run = jax.jit(lambda keys, query: lookup.find("exact", keys, query, 32, 2**17))
+        text = run.lower(keys, jax.ShapeDtypeStruct((4, 16), jnp.float32)).compile().as_text()
     travels = [line for line in text.splitlines() if "all-gather(" in line or "all-gather-start(" in line]
     assert travels and not any(word in text for word in ("all-reduce(", "all-to-all(", "collective-permute("))
     assert all("[4,256]" in line.split("all-gather")[0] for line in travels), travels
@@ -85,3 +81,17 @@ def test_approximate():
     ids_BK = np.asarray(find((8, 1), keys_NC, query_BC, 8, "approximate")[0])
     expected_BK = np.asarray(lookup.exact_reference(keys_NC, query_BC, 8)[0])
     assert np.mean([np.isin(expected, ids).mean() for ids, expected in zip(ids_BK, expected_BK, strict=True)]) > 0.9
+
+
+@pytest.mark.parametrize("mesh", MESHES)
+@pytest.mark.parametrize("batch", [1, 5, 16])
+def test_product_keys(mesh, batch):
+    """Their queries are shared out, whatever their number."""
+    half_keys_2SC, query_BC = normal(0, (2, 61, 8)), normal(1, (batch, 16))
+    with sharding.use(MeshConfig(*mesh)):
+        ids_BK, scores_BK = jax.jit(lambda keys, query: lookup.find("product", keys, query, 7, 61**2))(
+            sharding.put(half_keys_2SC), query_BC
+        )
+    expected_ids_BK, expected_scores_BK = lookup.product_reference(half_keys_2SC, query_BC, 7)
+    np.testing.assert_array_equal(ids_BK, expected_ids_BK)
+    np.testing.assert_allclose(scores_BK, expected_scores_BK, rtol=1e-6, atol=1e-5)

@@ -1,0 +1,7 @@
+"""Llama 3 8B with the paper's memory: 32 experts of a million. For a v5e:16x16 or more (`lamini_jax.config.large`)."""
+
+from lamini_jax.config import LLAMA3_8B, large, to_config_dict
+
+
+def get_config():
+    return to_config_dict(large(LLAMA3_8B, 2**20))
