@@ -4,7 +4,8 @@ A row is a down vector (of the target's input width I) and an up vector (of its 
 that rows_NR is {"down": (N, M, I), "up": (N, M, O)}. Up vectors start at zero: an expert that nobody has trained adds
 exactly nothing. Down vectors start as random signs, which project as well as Gaussian numbers do (Achlioptas 2003) and
 cost one random bit each. On a mesh, experts are divided over `data` and columns over `model`; N is rounded up to what
-divides, and the experts beyond it are never selected.
+divides, and the experts beyond it are never selected. On TPUs the columns of a shard should be a multiple of 128, as
+those of large models are: otherwise XLA keeps the bank in a layout that it copies in every step.
 """
 
 import functools

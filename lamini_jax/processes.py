@@ -3,10 +3,12 @@
 With a single process nothing here does anything, but for SIGTERM, which asks a run to save itself and end.
 """
 
+import contextlib
 import os
 import signal
 import socket
 import sys
+import threading
 import time
 import traceback
 
@@ -16,16 +18,17 @@ from jax.experimental import multihost_utils
 
 from lamini_jax.errors import PROCESS_LOST, UserError
 
+_PATIENCE = 20  # seconds that a process which fails waits for the others
 _terminated = False
 
 
 def start(coordinator: str | None, num_processes: int | None, process_id: int | None, timeout: int) -> None:
     """Joins the other processes. TPU pods and SLURM say by themselves who they are; elsewhere the arguments do.
 
-    Raises UserError (PROCESS_LOST) if the others cannot be reached within `timeout` seconds.
+    Raises UserError (PROCESS_LOST) if they have not found each other within `timeout` seconds.
     """
-    if coordinator and process_id:
-        _reach(coordinator, timeout)
+    if coordinator and num_processes and process_id is not None:
+        _assemble(coordinator, num_processes, process_id, timeout)
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     try:
         jax.distributed.initialize(coordinator, num_processes, process_id, initialization_timeout=timeout)
@@ -34,21 +37,39 @@ def start(coordinator: str | None, num_processes: int | None, process_id: int | 
         raise UserError(f"--multihost: the processes did not find each other ({reason})", PROCESS_LOST) from None
 
 
-def _reach(coordinator: str, timeout: int) -> None:
-    """Waits for the coordinator to listen: jax itself would end the process with a page of logs."""
+def _assemble(coordinator: str, num_processes: int, process_id: int, timeout: int) -> None:
+    """Waits until all are there: jax itself would end a process that waits in vain with a page of stack traces."""
     host, _, port = coordinator.rpartition(":")
+    if not host or not port.isdecimal():
+        raise UserError(f"--coordinator={coordinator}: must be HOST:PORT")
     deadline = time.monotonic() + timeout
+    if process_id:
+        _report_to(host, int(port), deadline, f"--coordinator={coordinator}: not reached within {timeout} s")
+        return
+    try:
+        with socket.create_server(("", int(port))) as server, contextlib.ExitStack() as present:
+            for count in range(1, num_processes):
+                server.settimeout(max(deadline - time.monotonic(), 0.001))
+                try:
+                    present.enter_context(server.accept()[0])
+                except TimeoutError:
+                    message = f"--num_processes={num_processes}: only {count} came within {timeout} s"
+                    raise UserError(message, PROCESS_LOST) from None
+    except OSError as error:
+        raise UserError(f"--coordinator={coordinator}: {error.strerror}", PROCESS_LOST) from None
+
+
+def _report_to(host: str, port: int, deadline: float, failure: str) -> None:
+    """Connects to the coordinator and waits until it hangs up, which it does when all are there."""
     while True:
         try:
-            socket.create_connection((host, int(port)), timeout=5).close()
-            return
-        except ValueError:
-            raise UserError(f"--coordinator={coordinator}: must be HOST:PORT") from None
+            with socket.create_connection((host, port), timeout=5) as connection:
+                connection.settimeout(max(deadline - time.monotonic(), 0.001))
+                connection.recv(1)
+                return
         except OSError as error:
             if time.monotonic() > deadline:
-                reason = error.strerror or error
-                message = f"--coordinator={coordinator}: not reached within {timeout} s ({reason})"
-                raise UserError(message, PROCESS_LOST) from None
+                raise UserError(f"{failure} ({error.strerror or error})", PROCESS_LOST) from None
             time.sleep(0.5)
 
 
@@ -103,9 +124,13 @@ def lost(error: Exception) -> int | None:
 
 
 def end(status: int) -> None:
-    """Exits. One of several that fails does not wait for the others, whom its silence tells."""
-    if status and jax.distributed.is_initialized():
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(status)
-    sys.exit(status)
+    """Exits. One of several that fails waits for the others a little, should they end for the same reason."""
+    if not status or not jax.distributed.is_initialized():
+        sys.exit(status)
+    if status != PROCESS_LOST:
+        together = threading.Thread(target=jax.distributed.shutdown, daemon=True)
+        together.start()
+        together.join(_PATIENCE)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)

@@ -13,6 +13,7 @@ longest. Exit status 4 if something does not fit, with what is missing.
 
 import collections
 import dataclasses
+import importlib.util
 import math
 import os
 import re
@@ -24,6 +25,7 @@ import jax
 import numpy as np
 import tqdm
 from absl import flags
+from jax.experimental import topologies
 
 from lamini_jax import backbone, bank, command, decoding, model, router, row_optimizer, sharding, tuning
 from lamini_jax.config import Config, from_config_dict
@@ -61,16 +63,12 @@ CHIPS = {
 
 def topology(name: str):
     """The devices of a slice. Raises UserError if there is no such slice, or no compiler."""
-    from jax.experimental import topologies
-
+    if importlib.util.find_spec("libtpu") is None:
+        raise UserError("the TPU compiler is not installed: pip install -e .[compile]")
     try:
         return topologies.get_topology_desc(platform="tpu", topology_name=name).devices
-    except ImportError:
-        raise UserError("the TPU compiler is not installed: pip install -e .[compile]") from None
     except (RuntimeError, ValueError, NotImplementedError) as error:
         reason = str(error).splitlines()[0]
-        if "libtpu" in reason:
-            raise UserError("the TPU compiler is not installed: pip install -e .[compile]") from None
         raise UserError(f"--topology={name}: no such slice ({reason})", status=DEVICES) from None
 
 
@@ -82,11 +80,6 @@ def abstract(tree, axes):
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=layout)
 
     return jax.tree.map(of, tree, axes)
-
-
-def everywhere(tree):
-    """The same for what every device has whole."""
-    return abstract(tree, jax.tree.map(lambda _: (), tree))
 
 
 def array(shape, dtype=np.float32, *names):

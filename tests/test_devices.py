@@ -5,7 +5,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-
 # Compiled in a hurry: nothing here is timed.
 FLAGS = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
 
