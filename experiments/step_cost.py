@@ -34,7 +34,8 @@ def main() -> None:
     examples = batches.encode(facts, base.tokenizer, multiple=config.backbone.context // 2)
     shape = bank.row_shape(config.backbone, config.memory)
     tx = row_optimizer.make(config.tuning.optimizer, config.tuning.learning_rate)
-    method = tuning.memory_method(base.decoder, shape, config.memory.target, tx)
+    touched = len(facts) * config.memory.selected
+    method = tuning.memory_method(base.decoder, shape, config.memory.target, tx, touched)
     rng = np.random.default_rng(config.seed)
     states, buckets, seconds = {}, {}, {num_experts: [] for num_experts in NUM_EXPERTS}
     for num_experts in NUM_EXPERTS:

@@ -49,6 +49,13 @@ def slots_of(expert_ids_FK: np.ndarray, num_experts: int) -> tuple[np.ndarray, n
     return ids_S, slots_X[places_FK].reshape(expert_ids_FK.shape).astype(np.int32)
 
 
+def most_touched(slots_FK: np.ndarray, num_slots: int, batch_size: int) -> int:
+    """The most slots of one shard that any batch of so many facts can touch."""
+    owner_FK = slots_FK // (num_slots // sharding.size("experts"))
+    counts_PF = np.stack([(owner_FK == shard).sum(axis=1) for shard in range(sharding.size("experts"))])
+    return int(np.sort(counts_PF, axis=1)[:, -batch_size:].sum(axis=1).max())
+
+
 @functools.partial(jax.jit, static_argnames=("tx", "shape"))
 def init(tx: optax.GradientTransformation, expert_ids_S, shape: bank.RowShape) -> Slots:
     """Fresh state for the selected experts."""
@@ -67,17 +74,20 @@ def axes(state: optax.OptState, shape: bank.RowShape):
     return jax.tree.map(lambda leaf: bank.ROWS if leaf.shape[1:] in parts else _SLOT, state)
 
 
-def update(tx, rows_NR, slots: Slots, slots_BK, gradients_BKR, shape: bank.RowShape):
+def update(tx, rows_NR, slots: Slots, slots_BK, gradients_BKR, shape: bank.RowShape, touched: int):
     """One step of the rows at `slots_BK` (NONE is passed over), wherever they lie: the new rows, the new slots.
 
-    The gradients of an expert that several facts selected are summed. U is the slots of a batch, in every shard.
+    The gradients of an expert that several facts selected are summed. U is the slots of a batch in a shard, of which
+    there are at most `touched`.
     """
     state_axes, batch = axes(slots.state, shape), ("batch", None)
     gradient_axes = ("batch", None, None, "columns")
 
     def fetch(shard, rows_NR, ids_S, state, slots_bK, gradients_bKR):
         slots_X = shard.places(shard.collect(slots_bK).reshape(-1), ids_S.size)
-        slots_U, inverse_X = jnp.unique(slots_X, size=slots_X.size, fill_value=ids_S.size, return_inverse=True)
+        # One more, for what is another shard's.
+        size = min(touched + 1, slots_X.size)
+        slots_U, inverse_X = jnp.unique(slots_X, size=size, fill_value=ids_S.size, return_inverse=True)
         ids_U = ids_S.at[slots_U].get(mode="fill", fill_value=NONE)
 
         def total(gradient_bKMI):
@@ -95,14 +105,14 @@ def update(tx, rows_NR, slots: Slots, slots_BK, gradients_BKR, shape: bank.RowSh
         return rows_NR, jax.tree.map(lambda x, new: x.at[slots_U].set(new, mode="drop"), state, state_U)
 
     fetch_axes = (bank.ROWS, _SLOT, state_axes, batch, gradient_axes)
-    touched = (_SLOT, _SLOT, bank.ROWS, state_axes)
-    places_U, slots_U, rows_UR, state_U, gradients_UR = sharding.owned(fetch, fetch_axes, (*touched, bank.ROWS))(
+    fetched = (_SLOT, _SLOT, bank.ROWS, state_axes)
+    places_U, slots_U, rows_UR, state_U, gradients_UR = sharding.owned(fetch, fetch_axes, (*fetched, bank.ROWS))(
         rows_NR, slots.expert_ids_S, slots.state, slots_BK, gradients_BKR
     )
     # Between the two, whole rows: an optimizer may look at all of a row, whose columns the compiler then sums over.
     updates_UR, state_U = jax.vmap(tx.update)(gradients_UR, state_U, rows_UR)
     rows_UR = optax.apply_updates(rows_UR, updates_UR)
-    rows_NR, state = sharding.owned(store, (bank.ROWS, state_axes, *touched), (bank.ROWS, state_axes))(
+    rows_NR, state = sharding.owned(store, (bank.ROWS, state_axes, *fetched), (bank.ROWS, state_axes))(
         rows_NR, slots.state, places_U, slots_U, rows_UR, state_U
     )
     return rows_NR, slots.replace(state=state)

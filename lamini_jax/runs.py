@@ -95,7 +95,8 @@ def tune_memory(
 
     examples = batches.encode(facts, base.tokenizer)
     prepared = tuning.Facts(examples, tuning.memory_buckets(base, examples, expert_ids_FK, slots_FK))
-    method = tuning.memory_method(base.decoder, shape, config.memory.target, tx)
+    touched = row_optimizer.most_touched(slots_FK, expert_ids_S.size, config.tuning.batch_size)
+    method = tuning.memory_method(base.decoder, shape, config.memory.target, tx, touched)
     extra = {"keys": _checksum(routing)}
     loop = _Loop(config, base, facts, checkpoints, title, keep, extra, speaker, until_all_hold)
     state = _run(loop, method, state, prepared, log)

@@ -87,8 +87,11 @@ def certified_loss(dtype: str) -> float:
     return CERTIFIED_LOSS if dtype == "float32" else CERTIFIED_LOSS_BFLOAT16
 
 
-def memory_method(decoder: backbone.Decoder, shape: bank.RowShape, target: str, tx) -> Method:
-    """Trains the selected rows alone. They are gathered before differentiation, so that no gradient has size N."""
+def memory_method(decoder: backbone.Decoder, shape: bank.RowShape, target: str, tx, touched: int) -> Method:
+    """Trains the selected rows alone. They are gathered before differentiation, so that no gradient has size N.
+
+    `touched` is `row_optimizer.most_touched` of the facts and the batch size.
+    """
 
     def gather(state: MemoryState, bucket: Bucket, rows_B):
         batch = bucket.take(rows_B)
@@ -109,7 +112,9 @@ def memory_method(decoder: backbone.Decoder, shape: bank.RowShape, target: str, 
 
         gradients_BKR, losses = jax.grad(objective, has_aux=True)(rows_BKR)
         with jax.named_scope("row_optimizer"):
-            updated = row_optimizer.update(tx, state.rows_NR, state.slots, batch.slots_FK, gradients_BKR, shape)
+            updated = row_optimizer.update(
+                tx, state.rows_NR, state.slots, batch.slots_FK, gradients_BKR, shape, touched
+            )
         return MemoryState(*updated), losses
 
     @jax.jit

@@ -131,8 +131,11 @@ def resident(config: Config, decoder: backbone.Decoder, tx) -> Resident:
 def programs(config: Config, decoder: backbone.Decoder, tx, there: Resident):
     """What is compiled: the jitted functions and what they are called with, by name."""
     shape, memory = bank.row_shape(config.backbone, config.memory), config.memory
-    method = tuning.memory_method(decoder, shape, memory.target, tx)
-    rows_B = array((sharding.padded(config.tuning.batch_size, "batch"),), np.int32)
+    batch = sharding.padded(config.tuning.batch_size, "batch")
+    # Of the batch's experts, as many in every shard but for chance: three times the average.
+    touched = 3 * batch * memory.selected // sharding.size("experts")
+    method = tuning.memory_method(decoder, shape, memory.target, tx, touched)
+    rows_B = array((batch,), np.int32)
     prompt_BT, length_B = array((ASKED, PROMPT_LENGTHS[0]), np.int32), array((ASKED,), np.int32)
     parts = shape.parts(ASKED, memory.selected)
     rows_BKR = {name: array(part, memory.dtype, "batch", None, None, "columns") for name, part in parts.items()}

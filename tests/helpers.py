@@ -100,10 +100,11 @@ def make_tuning(config: Config, base: model.Base, facts: list[Fact], expert_ids_
     if expert_ids_FK is None:
         rng = np.random.default_rng(1)
         expert_ids_FK = np.stack([rng.choice(memory.num_experts, memory.selected, replace=False) for _ in facts])
-    _, slots_FK = row_optimizer.slots_of(expert_ids_FK, memory.num_experts)
+    ids_S, slots_FK = row_optimizer.slots_of(expert_ids_FK, memory.num_experts)
+    touched = row_optimizer.most_touched(slots_FK, ids_S.size, config.tuning.batch_size)
     shape = bank.row_shape(config.backbone, memory)
     tx = row_optimizer.make(config.tuning.optimizer, config.tuning.learning_rate)
-    method = tuning.memory_method(base.decoder, shape, memory.target, tx)
+    method = tuning.memory_method(base.decoder, shape, memory.target, tx, touched)
     examples = batches.encode(facts, base.tokenizer)
     prepared = tuning.Facts(examples, tuning.memory_buckets(base, examples, expert_ids_FK, slots_FK))
     return Tuning(config, base, shape, expert_ids_FK, slots_FK, tx, method, prepared)

@@ -27,7 +27,7 @@ def start(tx, rows):
 def update(tx, rows_NR, slots, slots_U, gradients):
     """A step of one fact that selected these slots."""
     gradients_BKR = helpers.parts(gradients[None], SHAPE)
-    step = jax.jit(lambda *arguments: row_optimizer.update(tx, *arguments, SHAPE))
+    step = jax.jit(lambda *arguments: row_optimizer.update(tx, *arguments, SHAPE, NUM_SLOTS))
     return step(rows_NR, slots, np.array([slots_U], np.int32), gradients_BKR)
 
 
