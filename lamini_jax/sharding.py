@@ -35,7 +35,7 @@ RULES = {
     "vocab": "model",
 }
 Names = tuple[str | None, ...]
-# The rows of a table at least this large are exchanged; a turn of them is so many from each shard.
+# Rows of each shard that are filled in, or exchanged, at a time.
 _TURN = 256
 
 

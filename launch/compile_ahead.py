@@ -314,6 +314,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    os.environ["TPU_SKIP_MDS_QUERY"] = "1"  # there is no TPU to ask
+    os.environ |= {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost"}  # there is no TPU to ask
     jax.config.update("jax_platforms", "cpu")
     command.run(main)
