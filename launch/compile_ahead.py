@@ -7,8 +7,8 @@
 The TPU compiler runs without a TPU. Three programs are compiled for the topology, sharded as the config says: the
 tuning step, the selection of a question's experts, and decoding with them. The table shows, per device, the bytes of
 what stays there, of the largest program's temporaries, and of the chip; the collectives of the step; its FLOPs, and the
-least time that it can take: that of its products, of the memory it reads and writes, or of what travels, whichever is
-longest. Exit status 4 if something does not fit, with what is missing.
+least time that it can take: that of its products or of what travels, whichever is longer (those in a loop over layers
+are counted once). Exit status 4 if something does not fit, with what is missing.
 """
 
 import collections
@@ -49,15 +49,14 @@ class Chip:
 
     memory: int  # bytes
     flops: float  # per second, of bfloat16 products
-    bandwidth: float  # bytes per second, of its memory
     links: float  # bytes per second, between chips
 
 
 CHIPS = {
-    "TPU v4": Chip(32 * 2**30, 275e12, 1.228e12, 300e9),
-    "TPU v5 lite": Chip(16 * 2**30, 197e12, 0.819e12, 200e9),
-    "TPU v5": Chip(95 * 2**30, 459e12, 2.765e12, 600e9),
-    "TPU v6 lite": Chip(32 * 2**30, 918e12, 1.640e12, 448e9),
+    "TPU v4": Chip(32 * 2**30, 275e12, 300e9),
+    "TPU v5 lite": Chip(16 * 2**30, 197e12, 200e9),
+    "TPU v5": Chip(95 * 2**30, 459e12, 600e9),
+    "TPU v6 lite": Chip(32 * 2**30, 918e12, 448e9),
 }
 
 
@@ -213,7 +212,7 @@ def row(config: Config, devices, progress) -> dict:
         "facts": bytes_of(there.bucket),
     }
     result = {"num_experts": config.memory.num_experts, "topology": _TOPOLOGY.value, "devices": len(devices)}
-    temporaries, refused, costs, travels = {}, None, {}, []
+    temporaries, refused, travels = {}, None, []
     started = time.monotonic()
     for name, (function, arguments) in programs(config, decoder, tx, there).items():
         progress.set_postfix_str(f"{config.memory.num_experts:,} experts, {name}")
@@ -231,12 +230,12 @@ def row(config: Config, devices, progress) -> dict:
         outputs = analysis.output_size_in_bytes - analysis.alias_size_in_bytes
         temporaries[name] = analysis.temp_size_in_bytes + outputs
         if name == "step":
-            costs, travels = executable.cost_analysis(), collectives(text)
+            travels = collectives(text)
     memory["temporaries"] = max(temporaries.values(), default=0)
     total = sum(memory.values())
     flops = step_flops(config) / len(devices)
     travelling = sum(one["bytes"] * one["count"] for one in travels)
-    seconds = max(flops / chip.flops, costs.get("bytes accessed", 0.0) / chip.bandwidth, travelling / chip.links)
+    seconds = max(flops / chip.flops, travelling / chip.links)
     return result | {
         "bytes_per_device": total,
         "bytes": memory,
