@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType
 
-from lamini_jax import bank, model, recall, row_optimizer, runs, sharding, tuning
+from lamini_jax import bank, model, recall, router, row_optimizer, runs, sharding, tuning
 from lamini_jax.config import MeshConfig
 from lamini_jax.errors import DEVICES, UserError
 from launch.compile_ahead import collectives
@@ -17,13 +17,15 @@ CONFIG = helpers.replace(helpers.CONFIG, memory={"num_experts": 4099}, tuning={"
 STEPS = 20
 
 
-def run(config, mesh=None):
+QUESTIONS = [fact.question for fact in helpers.FACTS]
+
+
+def run(config, projection, mesh=None):
     """20 steps; the selection, the losses of each epoch, the rows and the optimizer's state by expert, the answers."""
     with sharding.use(MeshConfig(*(mesh or (1, 1))), jax.devices() if mesh else jax.devices()[:1]):
         base = helpers.make_base(config)
-        routing = helpers.random_router(config)
-        questions = [fact.question for fact in helpers.FACTS]
-        expert_ids_FK = model.select_all(base, routing, questions, config.memory.selected)
+        routing = router.make(config, *projection)
+        expert_ids_FK = model.select_all(base, routing, QUESTIONS, config.memory.selected)
         ready = helpers.make_tuning(config, base, helpers.FACTS, expert_ids_FK)
         state, log, losses = ready.fresh_state(), tuning.new_log(len(helpers.FACTS)), []
         for _ in range(config.tuning.epochs):
@@ -33,7 +35,7 @@ def run(config, mesh=None):
         assert log.steps == STEPS and ready.method.step._cache_size() == 1
         rows_NR, ids_S = state.rows_NR, np.asarray(state.slots.expert_ids_S)
         speak = recall.with_memory(base, routing, lambda ids: runs._gather(rows_NR, ids), config.memory)
-        answers = recall.answers(base, speak, questions, longest=6)
+        answers = recall.answers(base, speak, QUESTIONS, longest=6)
         order = np.argsort(ids_S)[: np.count_nonzero(ids_S != row_optimizer.NONE)]
         by_expert = jax.tree.map(lambda x: np.asarray(x)[order], state.slots.state)
         return expert_ids_FK, np.array(losses), helpers.flat(rows_NR)[: config.memory.num_experts], by_expert, answers
@@ -47,13 +49,21 @@ def config(request):
 
 
 @pytest.fixture(scope="module")
-def alone(config):
-    return run(config)
+def projection(config):
+    """A router that keeps the questions apart, so that every shard has experts of its own to train."""
+    routing = model.make_router(config, helpers.make_base(config), QUESTIONS)
+    return np.asarray(routing.mean_D), np.asarray(routing.transform_DC)
+
+
+@pytest.fixture(scope="module")
+def alone(config, projection):
+    return run(config, projection)
 
 
 @pytest.mark.parametrize("mesh", MESHES)
-def test_sharded_equals_unsharded(config, alone, mesh):
-    selection, losses, rows, optimizer, answers = run(config, mesh)
+def test_sharded_equals_unsharded(config, projection, alone, mesh):
+    selection, losses, rows, optimizer, answers = run(config, projection, mesh)
+    assert np.unique(selection).size > 100
     np.testing.assert_array_equal(selection, alone[0])
     np.testing.assert_allclose(losses, alone[1], rtol=1e-3, atol=1e-3)
     np.testing.assert_allclose(rows, alone[2], atol=2e-3)
