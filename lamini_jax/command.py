@@ -70,7 +70,6 @@ def start(mesh: config_lib.MeshConfig) -> None:
     elif f.coordinator or f.num_processes or f.process_id is not None:
         raise UserError("--coordinator, --num_processes and --process_id go with --multihost")
     sharding.use(mesh)
-    processes.watch()
 
 
 def run(main: Callable[[], int | None]) -> None:

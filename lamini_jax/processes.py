@@ -95,15 +95,22 @@ def meet(name: str) -> None:
         multihost_utils.sync_global_devices(name)
 
 
-def watch() -> None:
-    """From now on a SIGTERM does not end the process: `terminated` tells of it."""
+@contextlib.contextmanager
+def watching():
+    """As long as it lasts, a SIGTERM does not end the process: `terminated` tells of it."""
 
     def remember(*_):
         global _terminated
         _terminated = True
 
-    if jax.process_count() == 1:  # otherwise jax watches, and finds the step at which all processes can stop
-        signal.signal(signal.SIGTERM, remember)
+    if jax.process_count() > 1:  # jax watches, and finds the step at which all processes can stop
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, remember)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def terminated(step: int) -> bool:

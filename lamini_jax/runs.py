@@ -214,12 +214,13 @@ def _run(loop: _Loop, method: tuning.Method, state, prepared: tuning.Facts, log:
         return processes.terminated(log.steps)
 
     hooks = {"recalled": recalled_F, "after_epoch": after_epoch, "interrupted": interrupted}
-    state = tuning.tune(
-        method, loop.base.params, state, prepared, log, loop.config, until_all_hold=loop.until_all_hold, **hooks
-    )
-    bar.close()
-    save(state, log)
-    loop.checkpoints.close()
+    with processes.watching():
+        state = tuning.tune(
+            method, loop.base.params, state, prepared, log, loop.config, until_all_hold=loop.until_all_hold, **hooks
+        )
+        bar.close()
+        save(state, log)
+        loop.checkpoints.close()
     if log.batches:
         message = f"terminated in epoch {log.epoch + 1}, after {log.steps} steps, which are saved: run again to go on"
         raise UserError(message, status=PREEMPTED)

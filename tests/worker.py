@@ -23,7 +23,6 @@ def main(directory, epochs, port, process, signal=None, step=None):
     if process != "alone":
         processes.start(f"localhost:{port}", 2, int(process), 60)
     sharding.use(MeshConfig(2, -1) if process != "alone" else MeshConfig(-1, 1))
-    processes.watch()
     assert jax.device_count() == (8 if process != "alone" else 1)
     ask = processes.terminated
 
