@@ -26,16 +26,16 @@ from lamini_jax.errors import OTHER_RUN, UserError
 # What Orbax logs it also raises, and what it raises becomes one line below: no traceback of its threads beside it.
 logging.getLogger("absl").addFilter(lambda record: "orbax" not in record.pathname)
 
-_report = sys.excepthook
+_report = sys.unraisablehook
 
 
-def _report_unless_late(kind, error, trace):
+def _report_unless_late(unraisable):
     """The storage below Orbax goes on reporting to a loop that a failed save has closed; the save said what failed."""
-    if kind is not RuntimeError or "Event loop is closed" not in str(error):
-        _report(kind, error, trace)
+    if "Event loop is closed" not in str(unraisable.exc_value):
+        _report(unraisable)
 
 
-sys.excepthook = _report_unless_late
+sys.unraisablehook = _report_unless_late
 
 # Saving may take this share of the time of a run; a run so short that it would take more saves less often.
 _SHARE = 0.1
