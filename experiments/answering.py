@@ -33,10 +33,10 @@ def rows(sizes: list[int], progress) -> list[dict]:
         ids_S = np.sort(np.random.default_rng(0).choice(num_experts, min(TRAINED, num_experts), replace=False))
         rows_SR = bank.init(np.uint32(0), bank.row_shape(config.backbone, config.memory), len(ids_S))
         memory = runs.Memory(routing, sharding.put(ids_S.astype(np.int32)), rows_SR)
-        speak = runs.answer_with(base, memory, config)
+        adapt = runs.answer_with(base, memory, config)
 
         def ask():
-            recall.answers(base, speak, questions, LONGEST)
+            recall.answers(base, adapt, questions, LONGEST)
 
         def route():
             jax.block_until_ready(select(routing, feature_BD, config.memory.selected))

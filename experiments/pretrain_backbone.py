@@ -113,7 +113,7 @@ def heldout_accuracy(config: BackboneConfig, params: backbone.Params) -> dict[st
     """The share of held-out questions of each kind, and of all, that greedy decoding answers exactly."""
     base = model.Base(backbone.Decoder(config, 1), backbone.cut(params, 1), ByteTokenizer())
     questions = [qa for kind in world.KINDS for qa in world.held_out(kind, HELD_OUT, SEED)]
-    right = np.array(recall.accuracy(base, recall.bare(base), questions))
+    right = np.array(recall.accuracy(base, recall.bare, questions))
     kinds = np.array([qa.kind for qa in questions])
     return {str(kind): float(right[kinds == kind].mean()) for kind in np.unique(kinds)} | {"all": float(right.mean())}
 

@@ -22,7 +22,7 @@ from absl import flags
 
 from experiments import figures
 from lamini_jax import bank, command, model, processes, recall, router, runs
-from lamini_jax.config import Config, from_config_dict
+from lamini_jax.config import Config
 from lamini_jax.data import facts as facts_lib
 from lamini_jax.data import world
 
@@ -46,11 +46,11 @@ def questions_asked(config: Config) -> dict[str, list]:
     return {"heldout": heldout, "neighbour": more[count:]}
 
 
-def accuracies(base: model.Base, speak: recall.Speaker, questions: dict[str, list]) -> dict:
+def accuracies(base: model.Base, adapt: recall.Adapt, questions: dict[str, list]) -> dict:
     """Share of each set that is answered exactly, with its 95% interval; no share of an empty set."""
     result = {}
     for name, qas in questions.items():
-        right = sum(recall.accuracy(base, speak, qas)) if qas else 0
+        right = sum(recall.accuracy(base, adapt, qas)) if qas else 0
         result[f"{name}_accuracy"] = right / len(qas) if qas else None
         result[f"{name}_interval"] = recall.wilson(right, len(qas)) if qas else None
     return result
@@ -66,7 +66,7 @@ def one_run(name: str, config: Config, base: model.Base, routing: router.Router,
         memory = dataclasses.replace(config.memory, target=METHODS[method])
         config = dataclasses.replace(config, memory=memory)
         tuned = runs.tune_memory(config, base, lambda: routing, facts, directory, title)
-    exact_F, generated = runs.recalled(base, tuned.speak, facts)
+    exact_F, generated = runs.recalled(base, tuned.adapt, facts)
     log = tuned.log
     return {
         "loss": log.loss,
@@ -76,7 +76,7 @@ def one_run(name: str, config: Config, base: model.Base, routing: router.Router,
         "certified_but_not_recalled": int((tuned.certified_F & ~exact_F).sum()),
         "epochs_to_full_recall": log.full_recall,
         "seconds_per_epoch": statistics.median(log.seconds[1:] or log.seconds),
-        **accuracies(base, tuned.speak, questions),
+        **accuracies(base, tuned.adapt, questions),
         "sample": {"question": facts[0].question, "answer": facts[0].answer, "generated": generated[0]},
     }
 
@@ -112,7 +112,7 @@ def table(results: dict) -> str:
 
 
 def main() -> None:
-    config = from_config_dict(_CONFIG.value)
+    config = model.configure(_CONFIG.value)
     command.start(config.mesh)
     data = config.data
     facts = {
@@ -131,7 +131,7 @@ def main() -> None:
     selection_FK = model.select_all(base, routing, asked, config.memory.selected)
     questions = questions_asked(config)
     results = {
-        "backbone": accuracies(base, recall.bare(base), questions),
+        "backbone": accuracies(base, recall.bare, questions),
         "memory": {
             "num_experts": config.memory.num_experts,
             "selected": config.memory.selected,

@@ -15,7 +15,6 @@ import tqdm
 from absl import flags
 
 from lamini_jax import bank, command, model, row_optimizer, tuning
-from lamini_jax.config import from_config_dict
 from lamini_jax.data import batches
 from lamini_jax.data import facts as facts_lib
 
@@ -27,7 +26,7 @@ STEPS = 40
 
 
 def main() -> None:
-    config = from_config_dict(_CONFIG.value)
+    config = model.configure(_CONFIG.value)
     directory = command.open_workdir(_WORKDIR.value, {"steps": STEPS})
     base = model.load_base(config)
     facts = facts_lib.load("world", "random", config.tuning.batch_size, config.seed, "")

@@ -55,8 +55,8 @@ def main() -> None:
     memory = runs.load_memory(config, directory / "checkpoints")
     if _LOOKUP.value:
         memory = dataclasses.replace(memory, routing=memory.routing.replace(lookup=_LOOKUP.value))
-    speak = runs.answer_with(base, memory, config)
-    generated = recall.answers(base, speak, [record["question"] for record in records])
+    adapt = runs.answer_with(base, memory, config)
+    generated = recall.answers(base, adapt, [record["question"] for record in records])
     if _QUESTION.value is not None:
         processes.say(generated[0])
     else:

@@ -51,6 +51,7 @@ _AXES = {
     "down_proj": ("mlp", None),
 }
 
+SHIPPED = pathlib.Path(__file__).parent / "weights" / "tiny.safetensors"
 LINEAR_LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
@@ -71,16 +72,20 @@ def linear_shapes(config: BackboneConfig) -> dict[str, tuple[int, int]]:
 
 
 class Linear(nn.Module):
-    """A weight matrix: operands in `dtype`, sums in float32."""
+    """A weight matrix, perhaps with a bias: operands in `dtype`, sums in float32."""
 
     shape: tuple[int, int]
     dtype: str
+    use_bias: bool = False
 
     @nn.compact
     def __call__(self, x_BTI):
         start = nn.initializers.variance_scaling(1.0, "fan_in", "normal")
         weight_IO = self.param("weight", start, self.shape, self.dtype)
-        return project(x_BTI, weight_IO, self.dtype)
+        y_BTO = project(x_BTI, weight_IO, self.dtype)
+        if self.use_bias:
+            y_BTO = y_BTO + self.param("bias", nn.initializers.zeros, self.shape[1:])[None, None]
+        return y_BTO
 
 
 def contract(equation: str, x, y, dtype: str):
@@ -122,7 +127,7 @@ def low_rank(x_BTI, adapter: LowRank, dtype: str):
 
 
 class RMSNorm(nn.Module):
-    """Root-mean-square normalization with a learned scale, in float32."""
+    """Root-mean-square normalization with a learned scale, in float32, of the last axis."""
 
     eps: float
 
@@ -130,14 +135,31 @@ class RMSNorm(nn.Module):
     def __call__(self, x_BTD):
         scale_D = self.param("scale", nn.initializers.ones, x_BTD.shape[-1:])
         mean_square = jnp.mean(jnp.square(x_BTD), axis=-1, keepdims=True)
-        return x_BTD * jax.lax.rsqrt(mean_square + self.eps) * scale_D[None, None]
+        return x_BTD * jax.lax.rsqrt(mean_square + self.eps) * jnp.expand_dims(scale_D, range(x_BTD.ndim - 1))
 
 
-def rotate(x_BTHW, positions_BT, theta: float):
-    """Rotary positions: each pair (i, i + W/2) turns by position * theta^(-2i/W) (arXiv 2104.09864)."""
+def rotation_scale(config: BackboneConfig) -> np.ndarray:
+    """What each of the W/2 rotary frequencies is multiplied with, for a context longer than the original one.
+
+    `linear` slows all down by the factor. `llama3` does so where fewer than `rope_low` turns fit into the original
+    context, nothing where more than `rope_high` do, and goes from one to the other linearly in the number of turns
+    between (Llama 3.1, arXiv 2407.21783).
+    """
+    c, half = config, config.head_width // 2
+    if c.rope_scaling == "none":
+        return np.ones(half, np.float32)
+    if c.rope_scaling == "linear":
+        return np.full(half, 1 / c.rope_factor, np.float32)
+    turns_F = c.rope_original_context * c.rope_theta ** (-np.arange(half) / half) / (2 * np.pi)
+    kept_F = np.clip((turns_F - c.rope_low) / (c.rope_high - c.rope_low), 0, 1)
+    return (kept_F + (1 - kept_F) / c.rope_factor).astype(np.float32)
+
+
+def rotate(x_BTHW, positions_BT, config: BackboneConfig):
+    """Rotary positions: each pair (i, i + W/2) turns by position * theta^(-2i/W) (arXiv 2104.09864), if not scaled."""
     half = x_BTHW.shape[-1] // 2
-    frequencies = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    angles_BT1F = positions_BT[:, :, None, None].astype(jnp.float32) * frequencies[None, None, None]
+    frequencies_F = config.rope_theta ** (-jnp.arange(half, dtype=jnp.float32) / half) * rotation_scale(config)
+    angles_BT1F = positions_BT[:, :, None, None].astype(jnp.float32) * frequencies_F[None, None, None]
     cos, sin = jnp.cos(angles_BT1F), jnp.sin(angles_BT1F)
     first, second = x_BTHW[..., :half], x_BTHW[..., half:]
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
@@ -168,18 +190,24 @@ class Block(nn.Module):
         shapes = linear_shapes(c)
 
         def linear(name, x_BTI):
-            y_BTO = Linear(shapes[name], c.dtype, name=name)(x_BTI)
+            use_bias = c.qkv_bias and name in ("q_proj", "k_proj", "v_proj")
+            y_BTO = Linear(shapes[name], c.dtype, use_bias, name=name)(x_BTI)
             if adapter and name in adapter:
                 y_BTO = y_BTO + low_rank(x_BTI, adapter[name], c.dtype)
             return y_BTO
 
-        def heads(x_BTO, name="kv_heads"):
-            return sharding.constrain(x_BTO.reshape(*x_BTO.shape[:2], -1, c.head_width), "batch", None, name, None)
+        def heads(x_BTO, axis="kv_heads"):
+            return sharding.constrain(x_BTO.reshape(*x_BTO.shape[:2], -1, c.head_width), "batch", None, axis, None)
+
+        def rotated(x_BTHW, name):
+            if c.qk_norm:
+                x_BTHW = RMSNorm(c.norm_eps, name=name)(x_BTHW)
+            return rotate(x_BTHW, positions_BT, c)
 
         with jax.named_scope("attention"):
             h_BTD = RMSNorm(c.norm_eps, name="attention_norm")(x_BTD)
-            q_BTHW = rotate(heads(linear("q_proj", h_BTD), "heads"), positions_BT, c.rope_theta)
-            k_BSGW = rotate(heads(linear("k_proj", h_BTD)), positions_BT, c.rope_theta)
+            q_BTHW = rotated(heads(linear("q_proj", h_BTD), "heads"), "q_norm")
+            k_BSGW = rotated(heads(linear("k_proj", h_BTD)), "k_norm")
             v_BSGW = heads(linear("v_proj", h_BTD))
             if cache is not None:
                 rows_B1 = jnp.arange(x_BTD.shape[0])[:, None]
@@ -230,18 +258,21 @@ class Decoder(nn.Module):
         return self.unembedding(hidden_BTD)
 
     def __call__(self, tokens_BT):
-        positions_BT, mask_BTS = _positions(tokens_BT, None, None)
+        positions_BT, mask_BTS = _positions(self.config, tokens_BT, None, None)
         hidden_BTD, _ = self.prefix(tokens_BT, positions_BT, mask_BTS)
         hidden_BTD, _ = self.suffix(hidden_BTD, positions_BT, mask_BTS)
         return self.unembed(hidden_BTD)
 
 
-def _positions(x_BT, positions_BT, cache):
-    """Positions (0, 1, ... unless given) and mask_BTS: a token sees the slots up to its own position."""
+def _positions(config: BackboneConfig, x_BT, positions_BT, cache):
+    """Positions (0, 1, ... unless given) and mask_BTS: a token sees the slots up to its own, in its window."""
     if positions_BT is None:
         positions_BT = jnp.broadcast_to(jnp.arange(x_BT.shape[1]), x_BT.shape[:2])
-    length = x_BT.shape[1] if cache is None else cache["keys"].shape[2]
-    return positions_BT, jnp.arange(length)[None, None, :] <= positions_BT[:, :, None]
+    slots_11S = jnp.arange(x_BT.shape[1] if cache is None else cache["keys"].shape[2])[None, None, :]
+    mask_BTS = slots_11S <= positions_BT[:, :, None]
+    if config.sliding_window:
+        mask_BTS &= slots_11S > positions_BT[:, :, None] - config.sliding_window
+    return positions_BT, mask_BTS
 
 
 def init(decoder: Decoder, key: jax.Array) -> Params:
@@ -270,13 +301,13 @@ def put(decoder: Decoder, params: Params) -> Params:
 
 def prefix(decoder: Decoder, params: Params, tokens_BT, positions_BT=None, cache: Cache = None, adapter=None):
     """The frozen reading: hidden_BTD at the input of the first memory layer, and the cache with these tokens in it."""
-    positions_BT, mask_BTS = _positions(tokens_BT, positions_BT, cache)
+    positions_BT, mask_BTS = _positions(decoder.config, tokens_BT, positions_BT, cache)
     return decoder.apply({"params": params}, tokens_BT, positions_BT, mask_BTS, cache, adapter, method="prefix")
 
 
 def suffix(decoder: Decoder, params: Params, hidden_BTD, positions_BT=None, cache: Cache = None, adapter=None):
     """The memory layers: the normed hidden_BTD that `unembed` takes, and the cache with these tokens written."""
-    positions_BT, mask_BTS = _positions(hidden_BTD, positions_BT, cache)
+    positions_BT, mask_BTS = _positions(decoder.config, hidden_BTD, positions_BT, cache)
     return decoder.apply({"params": params}, hidden_BTD, positions_BT, mask_BTS, cache, adapter, method="suffix")
 
 
@@ -335,4 +366,4 @@ def load(path: str) -> tuple[BackboneConfig, Params]:
 
 def shipped() -> tuple[BackboneConfig, Params]:
     """The tiny byte-level backbone inside the package, made by `experiments/pretrain_backbone.py`."""
-    return load(str(pathlib.Path(__file__).parent / "weights" / "tiny.safetensors"))
+    return load(str(SHIPPED))

@@ -7,6 +7,7 @@ the result back into the frozen, checked form that the rest of the package takes
 
 import dataclasses
 import math
+from collections.abc import Callable
 from typing import Any
 
 import ml_collections
@@ -21,13 +22,18 @@ CERTIFIED_LOSS_BFLOAT16 = 0.576
 TARGETS = ("o_proj", "down_proj")
 LOOKUPS = ("exact", "product")  # those that always find the same experts, which training needs
 DTYPES = ("float32", "bfloat16")
+ROPE_SCALINGS = ("none", "linear", "llama3")
 OPTIMIZERS = ("adafactor", "adam", "sgd")
 
 
 @dataclasses.dataclass(frozen=True)
 class BackboneConfig:
-    """A Llama-family decoder: RMSNorm, rotary positions, grouped-query attention, SwiGLU."""
+    """A Llama-family decoder: RMSNorm, rotary positions, grouped-query attention, SwiGLU.
 
+    With a `path`, all of it but `context` and `dtype` is read from the checkpoint there (`hf.py`).
+    """
+
+    path: str = ""  # a directory in Hugging Face format, or a name on its Hub; empty: the backbone that ships
     vocab_size: int = 256
     num_layers: int = 4
     width: int = 128
@@ -35,10 +41,18 @@ class BackboneConfig:
     num_kv_heads: int = 2
     head_width: int = 32
     mlp_width: int = 384
-    context: int = 256
+    context: int = 256  # tokens of a prompt and its answer, and the length of the cache
     rope_theta: float = 10_000.0
+    rope_scaling: str = "none"  # of the rotary frequencies: none, linear or llama3
+    rope_factor: float = 1.0
+    rope_low: float = 1.0  # llama3: turns within the original context below which a frequency is divided by the factor,
+    rope_high: float = 4.0  # and above which it stays
+    rope_original_context: int = 8192
+    sliding_window: int = 0  # tokens that a token sees, itself included; 0: all before it
     norm_eps: float = 1e-5
     tied_embeddings: bool = True
+    qkv_bias: bool = False
+    qk_norm: bool = False  # of each head's queries and keys
     dtype: str = "float32"  # of the multiplications; sums are float32 always
 
 
@@ -167,9 +181,14 @@ def to_config_dict(config: Config) -> ml_collections.ConfigDict:
     return ml_collections.ConfigDict(dataclasses.asdict(config))
 
 
-def from_config_dict(values: Any) -> Config:
-    """The frozen form of a ConfigDict or of a saved config's JSON. Raises UserError if it makes no sense."""
+def from_config_dict(values: Any, resolve: Callable[[BackboneConfig], BackboneConfig] | None = None) -> Config:
+    """The frozen form of a ConfigDict or of a saved config's JSON. Raises UserError if it makes no sense.
+
+    `resolve` fills in what the checkpoint at `backbone.path` decides (`model.configure`).
+    """
     config = _build(Config, dict(values), "config")
+    if resolve and config.backbone.path:
+        config = dataclasses.replace(config, backbone=resolve(config.backbone))
     _check(config)
     return config
 
@@ -194,6 +213,7 @@ def _check(config: Config) -> None:
         (memory.target in TARGETS, "memory.target", f"must be one of {', '.join(TARGETS)}"),
         (1 <= memory.layers < backbone.num_layers, "memory.layers", "must be at least 1 and below backbone.num_layers"),
         (backbone.num_heads % backbone.num_kv_heads == 0, "backbone.num_kv_heads", "must divide backbone.num_heads"),
+        (backbone.rope_scaling in ROPE_SCALINGS, "backbone.rope_scaling", f"must be one of {', '.join(ROPE_SCALINGS)}"),
         (backbone.dtype in DTYPES, "backbone.dtype", f"must be one of {', '.join(DTYPES)}"),
         (memory.dtype in DTYPES, "memory.dtype", f"must be one of {', '.join(DTYPES)}"),
         (config.router.lookup in LOOKUPS, "router.lookup", f"must be one of {', '.join(LOOKUPS)}"),

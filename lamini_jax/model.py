@@ -12,11 +12,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lamini_jax import backbone, router, sharding
+from lamini_jax import backbone, hf, router, sharding
 from lamini_jax.backbone import Decoder
-from lamini_jax.config import Config
+from lamini_jax.config import Config, from_config_dict
 from lamini_jax.data import batches, world
-from lamini_jax.data.tokenizer import ByteTokenizer
+from lamini_jax.data import tokenizer as tokenizers
+from lamini_jax.data.tokenizer import ByteTokenizer, CheckpointTokenizer
 from lamini_jax.errors import UserError
 
 _ROUTING_BATCH = 64
@@ -28,18 +29,40 @@ class Base:
 
     decoder: Decoder
     params: backbone.Params
-    tokenizer: ByteTokenizer
+    tokenizer: ByteTokenizer | CheckpointTokenizer
+    fingerprint: str = ""  # of the weights
+
+
+def configure(values) -> Config:
+    """The config in a ConfigDict, with what the checkpoint at its `backbone.path` decides.
+
+    Raises UserError for what makes no sense, or for a checkpoint that is not the one described.
+    """
+    return from_config_dict(values, hf.resolve)
+
+
+def load_tokenizer(config: Config) -> ByteTokenizer | CheckpointTokenizer:
+    """The tokenizer of the backbone that `config` names."""
+    if not config.backbone.path:
+        return ByteTokenizer()
+    return tokenizers.load(hf.locate(config.backbone.path), config.backbone.vocab_size)
 
 
 def load_base(config: Config) -> Base:
     """The backbone that `config` names. Raises UserError if the weights at hand have another shape."""
-    shipped, params = backbone.shipped()
-    for field in dataclasses.fields(shipped):
-        asked, found = getattr(config.backbone, field.name), getattr(shipped, field.name)
-        if asked != found and field.name != "dtype":
-            raise UserError(f"--config.backbone.{field.name}={asked}: the backbone that ships has {found}")
     decoder = Decoder(config.backbone, config.memory.layers, config.tuning.rematerialize)
-    return Base(decoder, backbone.put(decoder, backbone.cut(params, config.memory.layers)), ByteTokenizer())
+    if config.backbone.path:
+        path = hf.locate(config.backbone.path)
+        params = hf.load_cut(decoder)
+    else:
+        path = backbone.SHIPPED
+        shipped, whole = backbone.shipped()
+        for field in dataclasses.fields(shipped):
+            asked, found = getattr(config.backbone, field.name), getattr(shipped, field.name)
+            if asked != found and field.name != "dtype":
+                raise UserError(f"--config.backbone.{field.name}={asked}: the backbone that ships has {found}")
+        params = backbone.put(decoder, backbone.cut(whole, config.memory.layers))
+    return Base(decoder, params, load_tokenizer(config), hf.fingerprint(path))
 
 
 @functools.partial(jax.jit, static_argnames="decoder")

@@ -1,9 +1,12 @@
-"""What a model really answers: free-running greedy decoding, exact recall, and accuracy with its interval.
+"""What a model really answers: free-running decoding, exact recall, and accuracy with its interval.
 
-A *speaker* is `speak(prompt_BT, length_B, longest) -> answer_BA`. It is given prompts, and prompts hold no answer.
+What is judged is a backbone and what is added to it, `adapt(prompt_BT, length_B) -> decoding.Adapted`. It is given
+prompts, and prompts hold no answer.
 """
 
-from collections.abc import Callable, Sequence
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -11,65 +14,83 @@ import numpy as np
 from lamini_jax import bank, decoding, model, router
 from lamini_jax.config import MemoryConfig
 from lamini_jax.data import batches
+from lamini_jax.decoding import Adapted, Sampling
 
-Speaker = Callable
+Adapt = Callable[..., Adapted]
 
 _BATCH = 64
 
 
-def bare(base: model.Base) -> Speaker:
+class Answer(NamedTuple):
+    """What was said, the probability of its least likely token, and the experts that the question selected."""
+
+    text: str
+    probability: float
+    expert_ids: list[int]
+
+
+def bare(prompt_BT, length_B) -> Adapted:
     """The backbone alone."""
-    return with_lora(base, {"prefix": None, "suffix": None})
+    return decoding.BARE
 
 
-def with_lora(base: model.Base, adapters) -> Speaker:
+def with_lora(adapters) -> Adapt:
     """The backbone with the baseline's adapters."""
-
-    def speak(prompt_BT, length_B, longest):
-        return decoding.greedy(
-            base.decoder,
-            base.params,
-            prompt_BT,
-            length_B,
-            longest,
-            base.tokenizer.stop_id,
-            adapters["suffix"],
-            adapters["prefix"],
-        )
-
-    return speak
+    return lambda prompt_BT, length_B: Adapted(**adapters)
 
 
-def with_memory(base: model.Base, routing: router.Router, fetch: Callable, memory: MemoryConfig) -> Speaker:
+def with_memory(base: model.Base, routing: router.Router, fetch: Callable, memory: MemoryConfig) -> Adapt:
     """Lamini-1: every question selects its experts anew, and `fetch(expert_ids_BK) -> rows_BKR` reads theirs alone."""
     build = jax.jit(bank.adapter, static_argnums=2)
 
-    def speak(prompt_BT, length_B, longest):
+    def adapt(prompt_BT, length_B):
         selection = model.select(base.decoder, base.params, routing, prompt_BT, length_B, memory.selected)
         adapter = build(fetch(selection.expert_ids_BK), selection.gates_BK, memory.target)
-        return with_lora(base, {"prefix": None, "suffix": adapter})(prompt_BT, length_B, longest)
+        return Adapted(suffix=adapter, expert_ids_BK=selection.expert_ids_BK)
 
-    return speak
+    return adapt
 
 
-def answers(base: model.Base, speak: Speaker, questions: Sequence[str], longest: int | None = None) -> list[str]:
-    """The answers to some questions, as text, cut off after `longest` tokens or else where the context ends."""
-    texts: list[str] = [""] * len(questions)
+def ask(
+    base: model.Base,
+    adapt: Adapt,
+    questions: Sequence[str],
+    longest: int | None = None,
+    sampling: Sampling | None = None,
+) -> Iterator[tuple[int, Answer]]:
+    """Answers, each with its question's number, batch by batch.
+
+    They are cut off after `longest` tokens, or else where the context ends.
+    """
+    longest = longest or base.decoder.config.context
+    draws = itertools.count()
     for bucket in batches.prompts(questions, base.tokenizer):
         batch = min(_BATCH, len(bucket.index_F))
         for rows_B in batches.in_order(len(bucket.index_F), batch):
-            length_B = bucket.length_F[rows_B]
-            answer_BA = speak(bucket.tokens_FT[rows_B], length_B, longest or base.decoder.config.context)
-            for row, answer_A in zip(rows_B, np.asarray(answer_BA), strict=True):
-                if row >= 0:
-                    texts[bucket.index_F[row]] = base.tokenizer.decode(answer_A)
-    return texts
+            prompt_BT, length_B = bucket.tokens_FT[rows_B], bucket.length_F[rows_B]
+            adapted = adapt(prompt_BT, length_B)
+            drawn = sampling and sampling._replace(key=jax.random.fold_in(sampling.key, next(draws)))
+            generated = decoding.generate(
+                base.decoder, base.params, prompt_BT, length_B, longest, base.tokenizer.stop_ids, adapted, drawn
+            )
+            answer_BA, probability_B = jax.tree.map(np.asarray, generated)
+            none_BK = np.zeros((rows_B.size, 0), int)
+            expert_ids_BK = none_BK if adapted.expert_ids_BK is None else np.asarray(adapted.expert_ids_BK)
+            for i in np.flatnonzero(rows_B >= 0):
+                text = base.tokenizer.decode(answer_BA[i])
+                yield int(bucket.index_F[rows_B[i]]), Answer(text, float(probability_B[i]), expert_ids_BK[i].tolist())
 
 
-def accuracy(base: model.Base, speak: Speaker, questions_and_answers) -> list[bool]:
+def answers(base: model.Base, adapt: Adapt, questions: Sequence[str], longest: int | None = None) -> list[str]:
+    """The answers of greedy decoding, as text."""
+    texts = dict(ask(base, adapt, questions, longest))
+    return [texts[number].text for number in range(len(questions))]
+
+
+def accuracy(base: model.Base, adapt: Adapt, questions_and_answers) -> list[bool]:
     """Which questions are answered exactly. Decoding stops one token after the longest right answer."""
     longest = max(len(base.tokenizer.completion(qa.answer)) for qa in questions_and_answers) + 1
-    given = answers(base, speak, [qa.question for qa in questions_and_answers], longest)
+    given = answers(base, adapt, [qa.question for qa in questions_and_answers], longest)
     return [text == qa.answer for text, qa in zip(given, questions_and_answers, strict=True)]
 
 

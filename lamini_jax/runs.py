@@ -25,7 +25,7 @@ class Tuned:
     """What a run leaves behind."""
 
     log: tuning.Log
-    speak: recall.Speaker
+    adapt: recall.Adapt
     certified_F: np.ndarray  # which facts are, by the losses measured last
 
 
@@ -89,7 +89,7 @@ def tune_memory(
         tables = {"rows": row_optimizer.trained_rows(state.rows_NR, state.slots), "optimizer": state.slots.state}
         return tables, arrays
 
-    def speaker(state):
+    def adapt_with(state):
         rows_NR = state.rows_NR
         return recall.with_memory(base, routing, lambda ids_BK: _gather(rows_NR, ids_BK), config.memory)
 
@@ -98,9 +98,9 @@ def tune_memory(
     touched = row_optimizer.most_touched(slots_FK, expert_ids_S.size, config.tuning.batch_size)
     method = tuning.memory_method(base.decoder, shape, config.memory.target, tx, touched)
     extra = {"keys": _checksum(routing)}
-    loop = _Loop(config, base, facts, checkpoints, title, keep, extra, speaker, until_all_hold)
+    loop = _Loop(config, base, facts, checkpoints, title, keep, extra, adapt_with, until_all_hold)
     state = _run(loop, method, state, prepared, log)
-    return Tuned(log, speaker(state), log.worst_F < tuning.certified_loss(config.backbone.dtype))
+    return Tuned(log, adapt_with(state), log.worst_F < tuning.certified_loss(config.backbone.dtype))
 
 
 def tune_lora(config: Config, base: model.Base, facts: Sequence[Fact], directory: Path, title: str) -> Tuned:
@@ -124,16 +124,16 @@ def tune_lora(config: Config, base: model.Base, facts: Sequence[Fact], directory
     def keep(state):
         return {"state": state}, {}
 
-    def speaker(state):
-        return recall.with_lora(base, state.adapters)
+    def adapt_with(state):
+        return recall.with_lora(state.adapters)
 
-    state = _run(_Loop(config, base, facts, checkpoints, title, keep, {}, speaker), method, state, prepared, log)
-    return Tuned(log, speaker(state), log.worst_F < tuning.certified_loss(config.backbone.dtype))
+    state = _run(_Loop(config, base, facts, checkpoints, title, keep, {}, adapt_with), method, state, prepared, log)
+    return Tuned(log, adapt_with(state), log.worst_F < tuning.certified_loss(config.backbone.dtype))
 
 
-def recalled(base: model.Base, speak: recall.Speaker, facts: Sequence[Fact]) -> tuple[np.ndarray, list[str]]:
+def recalled(base: model.Base, adapt: recall.Adapt, facts: Sequence[Fact]) -> tuple[np.ndarray, list[str]]:
     """Which facts greedy decoding returns exactly, and what it returns. Only the questions are handed over."""
-    generated = recall.answers(base, speak, [fact.question for fact in facts])
+    generated = recall.answers(base, adapt, [fact.question for fact in facts])
     return np.array([text == fact.answer for text, fact in zip(generated, facts, strict=True)]), generated
 
 
@@ -151,8 +151,8 @@ def load_memory(config: Config, directory: Path) -> Memory:
     return Memory(_routing(config, saved), sharding.put(ids_S), {"down": down_SMI, "up": up_SMO})
 
 
-def answer_with(base: model.Base, memory: Memory, config: Config) -> recall.Speaker:
-    """A speaker that holds the trained rows only."""
+def answer_with(base: model.Base, memory: Memory, config: Config) -> recall.Adapt:
+    """Tuned memory beside the backbone; it holds the trained rows only."""
 
     def fetch(ids_BK):
         return _gather_trained(memory.expert_ids_S, memory.rows_SR, ids_BK)
@@ -186,7 +186,7 @@ class _Loop:
     title: str
     keep: Callable[[Any], Any]  # what of the state is saved
     extra: dict[str, Any]
-    speaker: Callable[[Any], recall.Speaker]
+    adapt_with: Callable[[Any], recall.Adapt]
     until_all_hold: bool = False
 
 
@@ -201,7 +201,7 @@ def _run(loop: _Loop, method: tuning.Method, state, prepared: tuning.Facts, log:
         loop.checkpoints.save(*loop.keep(state), log, loop.extra)
 
     def recalled_F(state):
-        return recalled(loop.base, loop.speaker(state), loop.facts)[0]
+        return recalled(loop.base, loop.adapt_with(state), loop.facts)[0]
 
     def after_epoch(state, log):
         counts = f"loss {log.loss[-1]:.4f}, {log.certified[-1]} of {log.worst_F.size} certified"

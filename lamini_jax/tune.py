@@ -14,9 +14,7 @@ import time
 from absl import flags
 
 from lamini_jax import command, model, processes, runs
-from lamini_jax.config import from_config_dict
 from lamini_jax.data.facts import read_jsonl
-from lamini_jax.data.tokenizer import ByteTokenizer
 from lamini_jax.errors import FACTS_DO_NOT_HOLD, UserError
 
 _CONFIG = command.define_config()
@@ -26,9 +24,9 @@ _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run.", require
 
 
 def main() -> int:
-    config = from_config_dict(_CONFIG.value)
+    config = model.configure(_CONFIG.value)
     command.start(config.mesh)
-    facts = read_jsonl(_FACTS.value, ByteTokenizer(), config.backbone.context)
+    facts = read_jsonl(_FACTS.value, model.load_tokenizer(config), config.backbone.context)
     base = model.load_base(config)
     directory = command.open_workdir(_WORKDIR.value, identity(config, runs.fingerprint(facts)))
     results_path = directory / "results.json"
@@ -44,7 +42,7 @@ def main() -> int:
 
     title = f"tuning {len(facts)} facts"
     tuned = runs.tune_memory(config, base, make_router, facts, directory / "checkpoints", title, until_all_hold=True)
-    exact_F, generated = runs.recalled(base, tuned.speak, facts)
+    exact_F, generated = runs.recalled(base, tuned.adapt, facts)
     lines = [
         {
             "question": fact.question,

@@ -28,7 +28,7 @@ from absl import flags
 from jax.experimental import topologies
 
 from lamini_jax import backbone, bank, command, decoding, model, router, row_optimizer, sharding, tuning
-from lamini_jax.config import Config, from_config_dict
+from lamini_jax.config import Config
 from lamini_jax.data.batches import PROMPT_LENGTHS
 from lamini_jax.errors import DEVICES, DOES_NOT_FIT, UserError
 
@@ -142,7 +142,8 @@ def programs(config: Config, decoder: backbone.Decoder, tx, there: Resident):
 
     def answer(params, prompt_BT, length_B, rows_BKR, gates_BK):
         adapter = bank.adapter(rows_BKR, gates_BK, memory.target)
-        return decoding.greedy(decoder, params, prompt_BT, length_B, ANSWER, STOP, adapter)
+        adapted = decoding.Adapted(suffix=adapter)
+        return decoding.generate(decoder, params, prompt_BT, length_B, ANSWER, (STOP,), adapted)
 
     def select(params, routing, prompt_BT, length_B):
         return model.select(decoder, params, routing, prompt_BT, length_B, memory.selected).expert_ids_BK
@@ -288,7 +289,7 @@ def table(rows: list[dict]) -> str:
 
 
 def main() -> None:
-    config = from_config_dict(_CONFIG.value)
+    config = model.configure(_CONFIG.value)
     for text in _NUM_EXPERTS.value:
         if not text.isdecimal() or int(text) < config.memory.selected:
             raise UserError(f"--num_experts={','.join(_NUM_EXPERTS.value)}: {text!r} is not a number of experts")

@@ -1,4 +1,4 @@
-"""Greedy decoding with a cache returns what reading everything anew for each token would."""
+"""Decoding with a cache returns what reading everything anew for each token would."""
 
 import helpers
 import jax
@@ -57,7 +57,7 @@ def stopped(answer_BA, stop_id, longest):
 
 
 def greedy(base, prompt_BT, length_B, longest, stop_id):
-    return np.asarray(decoding.greedy(base.decoder, base.params, prompt_BT, length_B, longest, stop_id))
+    return np.asarray(decoding.generate(base.decoder, base.params, prompt_BT, length_B, longest, (stop_id,))[0])
 
 
 def test_with_the_cache_as_without(base, prompt_BT, expected_BA, stop_id):
@@ -76,12 +76,12 @@ def test_nothing_after_the_stop_token(base, prompt_BT, stop_id):
 
 def test_at_most_longest_tokens_and_one_compilation_for_all(base, prompt_BT, expected_BA, stop_id):
     greedy(base, prompt_BT, LENGTHS, LONGEST, stop_id)
-    compilations = decoding.greedy._cache_size()
+    compilations = decoding.start._cache_size(), decoding.proceed._cache_size()
     for longest in (1, 2, 13):
         answer_BA = greedy(base, prompt_BT, LENGTHS, longest, stop_id)
         assert (answer_BA[:, :LONGEST] == stopped(expected_BA, stop_id, longest)).all()
         assert (answer_BA[:, LONGEST:] == stop_id).all()
-    assert decoding.greedy._cache_size() == compilations
+    assert (decoding.start._cache_size(), decoding.proceed._cache_size()) == compilations
 
 
 def test_padding_is_never_read(base, prompt_BT, stop_id):
@@ -103,3 +103,50 @@ def test_a_long_neighbour_takes_no_room_from_an_answer(base, prompt_BT, stop_id)
         )
         assert (answer_BA[row] == alone_BA[0]).all()
         assert (answer_BA[row, context - length :] == stop_id).all()
+
+
+def test_any_of_several_tokens_stops(base, prompt_BT, expected_BA, stop_id):
+    """The answer ends before it, and is filled up with the first of them."""
+    filler = int(np.setdiff1d(np.arange(256), expected_BA)[0])
+    answer_BA, _ = decoding.generate(base.decoder, base.params, prompt_BT, LENGTHS, LONGEST, (filler, stop_id))
+    alone_BA = greedy(base, prompt_BT, LENGTHS, LONGEST, stop_id)
+    for answer_A, alone_A in zip(np.asarray(answer_BA), alone_BA, strict=True):
+        length = np.flatnonzero(alone_A == stop_id)[0]
+        assert (answer_A[:length] == alone_A[:length]).all()
+        assert (answer_A[length + 1 :] == filler).all()
+
+
+def test_token_by_token_as_at_once(base, prompt_BT, stop_id):
+    """What is streamed is what would have been said at once."""
+    arguments = base.decoder, base.params
+    state = decoding.start(*arguments, prompt_BT, LENGTHS, LONGEST, (stop_id,))
+    for step in range(1, LONGEST + 2):
+        state = decoding.proceed(*arguments, state, step, (stop_id,))
+    answer_BA, probability_B = decoding.generate(*arguments, prompt_BT, LENGTHS, LONGEST, (stop_id,))
+    assert helpers.same_bits(state.answer_BA, answer_BA)
+    assert helpers.same_bits(np.exp(state.least_B), probability_B)
+
+
+def test_the_least_probability_is_that_of_the_least_likely_token(base, prompt_BT, stop_id):
+    """Of the answer's tokens, its stop token included where it was said."""
+    answer_BA, probability_B = decoding.generate(base.decoder, base.params, prompt_BT, LENGTHS, LONGEST, (stop_id,))
+    config, params = base.decoder.config, backbone.join(base.params)
+    for prompt_T, length, answer_A, probability in zip(prompt_BT, LENGTHS, answer_BA, probability_B, strict=True):
+        said = np.asarray(answer_A)[: min(LONGEST, np.flatnonzero(np.asarray(answer_A) == stop_id)[0] + 1)]
+        tokens_BT = np.concatenate([prompt_T[:length], said])[None]
+        log_BTV = jax.nn.log_softmax(backbone.logits(config, params, tokens_BT))
+        least = min(float(log_BTV[0, length - 1 + i, token]) for i, token in enumerate(said))
+        assert np.log(probability) == pytest.approx(least, abs=1e-4)
+
+
+def test_samples_follow_the_probabilities(base, prompt_BT):
+    """The first tokens of many answers to one prompt, against softmax(logits / temperature)."""
+    count, temperature = 4096, 0.7
+    prompts_BT, lengths_B = np.tile(prompt_BT[1], (count, 1)), np.full(count, LENGTHS[1])
+    sampling = decoding.Sampling(jax.random.key(0), np.float32(temperature))
+    state = decoding.start(base.decoder, base.params, prompts_BT, lengths_B, 1, (0,), sampling=sampling)
+    logits_BTV = backbone.logits(base.decoder.config, backbone.join(base.params), prompt_BT[1:2, : LENGTHS[1]])
+    expected_V = np.asarray(jax.nn.softmax(logits_BTV[0, -1] / temperature))
+    found_V = np.bincount(np.asarray(state.token_B), minlength=expected_V.size) / count
+    assert np.abs(found_V - expected_V).max() < 4 * (expected_V.max() / count) ** 0.5
+    assert np.count_nonzero(found_V) > 10

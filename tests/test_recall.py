@@ -17,67 +17,91 @@ QUESTIONS = [f"{i}?" + "q" * (0, 3, 70, 20, 150)[i % 5] for i in range(140)]
 
 
 # As much of a base as those need who only ask.
-ASKING = SimpleNamespace(tokenizer=TOKENIZER, decoder=SimpleNamespace(config=helpers.BACKBONE))
+ASKING = SimpleNamespace(tokenizer=TOKENIZER, params=None, decoder=SimpleNamespace(config=helpers.BACKBONE))
 
 
 class Parrot:
-    """Answers a question with the question itself and something more; remembers what it was given."""
+    """Decodes a question to the question itself and something more; remembers what it was given."""
 
     def __init__(self, more=""):
         self.more, self.given = more, []
 
-    def __call__(self, prompt_BT, length_B, longest):
-        prompt_BT, length_B = np.asarray(prompt_BT), np.asarray(length_B)
+    def __call__(self, decoder, params, prompt_BT, length_B, longest, stop_ids, adapted, sampling):
         self.given.append((prompt_BT, length_B, longest))
         answer_BA = np.full((len(prompt_BT), 400), TOKENIZER.stop_id, np.int32)
         for answer_A, prompt_T, length in zip(answer_BA, prompt_BT, length_B, strict=True):
             tokens = [*prompt_T[1 : length - 1], *TOKENIZER.encode(self.more)][:longest]
             answer_A[: len(tokens)] = tokens
-        return answer_BA
+        return answer_BA, np.ones(len(prompt_BT))
 
 
-def test_answers_come_in_the_order_of_the_questions():
-    assert recall.answers(ASKING, Parrot("!"), QUESTIONS, longest=300) == [question + "!" for question in QUESTIONS]
-    assert recall.answers(ASKING, Parrot(), ["é?", "", "é?"], longest=9) == ["é?", "", "é?"]
-    assert recall.answers(ASKING, Parrot(), QUESTIONS, longest=2) == [question[:2] for question in QUESTIONS]
+@pytest.fixture
+def parrot(monkeypatch):
+    """Makes a parrot decode from now on."""
+
+    def use(more=""):
+        bird = Parrot(more)
+        monkeypatch.setattr(recall.decoding, "generate", bird)
+        return bird
+
+    return use
 
 
-def test_shapes_are_few():
-    parrot = Parrot()
-    recall.answers(ASKING, parrot, QUESTIONS)
-    assert {prompt_BT.shape for prompt_BT, _, _ in parrot.given} == {(64, 64), (28, 128), (28, 256)}
-    assert {longest for _, _, longest in parrot.given} == {helpers.BACKBONE.context}
+def test_answers_come_in_the_order_of_the_questions(parrot):
+    parrot("!")
+    assert recall.answers(ASKING, recall.bare, QUESTIONS, longest=300) == [question + "!" for question in QUESTIONS]
+    parrot()
+    assert recall.answers(ASKING, recall.bare, ["é?", "", "é?"], longest=9) == ["é?", "", "é?"]
+    assert recall.answers(ASKING, recall.bare, QUESTIONS, longest=2) == [question[:2] for question in QUESTIONS]
 
 
-def test_only_prompts_reach_the_speaker():
+def test_shapes_are_few(parrot):
+    bird = parrot()
+    recall.answers(ASKING, recall.bare, QUESTIONS)
+    assert {prompt_BT.shape for prompt_BT, _, _ in bird.given} == {(64, 64), (28, 128), (28, 256)}
+    assert {longest for _, _, longest in bird.given} == {helpers.BACKBONE.context}
+
+
+def test_only_prompts_reach_decoding(parrot):
     """Whoever measures knows the answers; whoever answers is not told."""
     facts = [Fact("", question, f"secret {i}") for i, question in enumerate(QUESTIONS)]
     qas = [QA("", fact.question, fact.answer) for fact in facts]
     for measure in (
-        lambda speak: recall.accuracy(ASKING, speak, qas),
-        lambda speak: runs.recalled(ASKING, speak, facts),
+        lambda adapt: recall.accuracy(ASKING, adapt, qas),
+        lambda adapt: runs.recalled(ASKING, adapt, facts),
     ):
-        parrot, seen = Parrot(), set()
-        measure(parrot)
-        for prompt_BT, length_B, _ in parrot.given:
+        bird, adapted_to, seen = parrot(), [], set()
+
+        def adapt(*prompts, adapted_to=adapted_to):
+            adapted_to.append(prompts)
+            return recall.bare(*prompts)
+
+        measure(adapt)
+        assert len(adapted_to) == len(bird.given)
+        for given, (prompt_BT, length_B, _) in zip(adapted_to, bird.given, strict=True):
+            assert given[0] is prompt_BT
             for prompt_T, length in zip(prompt_BT.tolist(), length_B, strict=True):
                 assert set(prompt_T[length:]) <= {TOKENIZER.pad_id}
                 seen.add(tuple(prompt_T[:length]))
         assert seen == {tuple(TOKENIZER.prompt(question)) for question in QUESTIONS}
 
 
-def test_accuracy_is_exact():
+def test_accuracy_is_exact(parrot):
     """A right beginning is wrong, an answer that goes on too."""
     answers = ["ab", "abc", "a", "AB", "ab ", ""]
-    assert recall.accuracy(ASKING, Parrot(), [QA("", "ab", answer) for answer in answers]) == [True] + [False] * 5
-    assert recall.accuracy(ASKING, Parrot("x"), [QA("", "ab", "ab"), QA("", "ab", "abx")]) == [False, True]
+    parrot()
+    assert recall.accuracy(ASKING, recall.bare, [QA("", "ab", answer) for answer in answers]) == [True] + [False] * 5
+    parrot("x")
+    assert recall.accuracy(ASKING, recall.bare, [QA("", "ab", "ab"), QA("", "ab", "abx")]) == [False, True]
     # Also where decoding is cut off right after the longest of the right answers.
-    assert recall.accuracy(ASKING, Parrot("x" * 50), [QA("", "ab", "ab"), QA("", "abc", "ab")]) == [False, False]
+    parrot("x" * 50)
+    assert recall.accuracy(ASKING, recall.bare, [QA("", "ab", "ab"), QA("", "abc", "ab")]) == [False, False]
 
 
-def test_recalled_is_exact():
+def test_recalled_is_exact(parrot):
+    parrot()
     facts = [Fact("", "ab", "ab"), Fact("", "é", "e"), Fact("", "ef", "ef")]
-    exact_F, generated = runs.recalled(ASKING, Parrot(), facts)
+    exact_F, generated = runs.recalled(ASKING, recall.bare, facts)
     assert exact_F.tolist() == [True, False, True]
     assert generated == ["ab", "é", "ef"]
 
@@ -98,7 +122,7 @@ def test_wilson(successes, trials, low, high):
 
 
 def test_asking_again_compiles_nothing(base, routing, caplog):
-    """Tuning asks in its loop, each time with a speaker of the rows as they are then."""
+    """Tuning asks in its loop, each time with the rows as they are then."""
     questions = [fact.question for fact in helpers.FACTS]
     shape = bank.row_shape(helpers.BACKBONE, helpers.CONFIG.memory)
     fetch = jax.jit(bank.gather)
@@ -106,8 +130,8 @@ def test_asking_again_compiles_nothing(base, routing, caplog):
     def ask(seed):
         rows_NR = np.random.default_rng(seed).normal(size=(4096, shape.floats)).astype(np.float32)
         rows_NR = helpers.parts(rows_NR, shape)
-        speak = recall.with_memory(base, routing, lambda ids_BK: fetch(rows_NR, ids_BK), helpers.CONFIG.memory)
-        return recall.answers(base, speak, questions)
+        adapt = recall.with_memory(base, routing, lambda ids_BK: fetch(rows_NR, ids_BK), helpers.CONFIG.memory)
+        return recall.answers(base, adapt, questions)
 
     with jax.log_compiles():
         first = ask(0)

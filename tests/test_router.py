@@ -97,13 +97,13 @@ def test_serving_fetches_what_tuning_selected(base, routing, expert_ids_FK, monk
         fetched.append(np.asarray(expert_ids_BK))
         return helpers.parts(np.zeros((*expert_ids_BK.shape, 2 * (48 + 32)), np.float32), SHAPE)
 
-    def silent(decoder, params, prompt_BT, length_B, longest, stop_id, *adapters):
-        return np.full((len(length_B), 1), stop_id)
+    def silent(decoder, params, prompt_BT, length_B, longest, stop_ids, *_):
+        return np.full((len(length_B), 1), stop_ids[0]), np.ones(len(length_B))
 
-    monkeypatch.setattr(recall.decoding, "greedy", silent)
-    speak = recall.with_memory(base, routing, fetch, helpers.CONFIG.memory)
-    recall.answers(base, speak, QUESTIONS[:64])
-    recall.answers(base, speak, QUESTIONS[:1])
+    monkeypatch.setattr(recall.decoding, "generate", silent)
+    adapt = recall.with_memory(base, routing, fetch, helpers.CONFIG.memory)
+    recall.answers(base, adapt, QUESTIONS[:64])
+    recall.answers(base, adapt, QUESTIONS[:1])
     assert [ids_BK.shape for ids_BK in fetched] == [(64, K), (1, K)]
     for index, ids_K in enumerate([*fetched[0], fetched[1][0]]):
         index %= 64

@@ -25,6 +25,6 @@ def test_it_answers_what_training_held_out():
     """91.3% of them, as `experiments/pretrain_backbone.py` says; these are others, ten of each kind."""
     base = model.load_base(Config())
     questions = [qa for kind in world.KINDS for qa in world.held_out(kind, 10, seed=7)]
-    right = recall.accuracy(base, recall.bare(base), questions)
+    right = recall.accuracy(base, recall.bare, questions)
     wrong = sorted({qa.kind for qa, ok in zip(questions, right, strict=True) if not ok})
     assert sum(right) >= 0.9 * len(questions), f"{sum(right)} of {len(questions)} right; wrong in {', '.join(wrong)}"

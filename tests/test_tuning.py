@@ -10,7 +10,7 @@ import optax
 import pytest
 from helpers import FACTS
 
-from lamini_jax import backbone, bank, model, recall, row_optimizer, runs, tuning
+from lamini_jax import backbone, bank, decoding, model, row_optimizer, runs, tuning
 from lamini_jax.data import batches
 
 
@@ -171,7 +171,7 @@ def test_certified_facts_are_recalled(base, midway):
     """No certificate is wrong, in what tuning holds and in what serving reads from its checkpoint."""
     tuned, served, _ = midway
     np.testing.assert_array_equal(tuned.certified_F, tuned.log.worst_F < math.log(2))
-    exact_F, generated = runs.recalled(base, tuned.speak, FACTS)
+    exact_F, generated = runs.recalled(base, tuned.adapt, FACTS)
     assert exact_F[tuned.certified_F].all()
     assert exact_F.tolist() == [text == fact.answer for text, fact in zip(generated, FACTS, strict=True)]
     assert exact_F.tolist() == tuned.log.likeliest_F.tolist()
@@ -233,8 +233,10 @@ def state_recall(ready, state, shape):
     gates_FK = jnp.full(ready.expert_ids_FK.shape, ready.expert_ids_FK.shape[1] ** -0.5)
     rows_FKR = jax.tree.map(lambda x: x[ready.expert_ids_FK], state.rows_NR)
     adapter = bank.adapter(rows_FKR, gates_FK, ready.config.memory.target)
-    speak = recall.with_lora(ready.base, {"prefix": None, "suffix": adapter})
-    answer_FA = np.asarray(speak(prompts.tokens_FT, prompts.length_F, 10))
+    base, adapted = ready.base, decoding.Adapted(suffix=adapter)
+    answer_FA, _ = decoding.generate(
+        base.decoder, base.params, prompts.tokens_FT, prompts.length_F, 10, helpers.TOKENIZER.stop_ids, adapted
+    )
     texts = [helpers.TOKENIZER.decode(answer_A) for answer_A in answer_FA]
     return np.array([text == fact.answer for text, fact in zip(texts, FACTS, strict=True)])
 

@@ -58,6 +58,9 @@ def read_jsonl(path: str, tokenizer, context: int) -> list[Fact]:
     for number, record in _records(path, '{"question": "...", "answer": "..."}'):
         where = f"{path}, line {number}"
         question, answer = _text(record, "question", where), _text(record, "answer", where)
+        for key, text in (("question", question), ("answer", answer)):
+            if refusal := tokenizer.refusal(text, exactly=key == "answer"):
+                raise UserError(f'{where}: "{key}" {refusal}')
         _check_length(len(tokenizer.prompt(question)) + len(tokenizer.completion(answer)), context, "the fact", where)
         known = facts.setdefault(question, Fact(fact_id(question), question, answer))
         first = first_lines.setdefault(question, number)

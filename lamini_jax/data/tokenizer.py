@@ -1,4 +1,11 @@
-"""Text to token ids and back. The tiny backbone reads bytes."""
+"""Text to token ids and back: bytes for the tiny backbone, the checkpoint's own tokenizer for others.
+
+Both have `vocab_size`, `pad_id`, `stop_ids` (what ends an answer; the first ends those that are trained) and the
+methods of `ByteTokenizer`.
+"""
+
+import json
+from pathlib import Path
 
 import numpy as np
 
@@ -10,6 +17,7 @@ class ByteTokenizer:
 
     vocab_size = 256
     pad_id, begin_id, answer_id, stop_id = 0xFC, 0xFD, 0xFE, 0xFF
+    stop_ids = (stop_id,)
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text. Raises UserError if it cannot be written in UTF-8 (lone surrogates)."""
@@ -20,9 +28,7 @@ class ByteTokenizer:
 
     def decode(self, ids) -> str:
         """The text of some ids up to the first stop token; bytes that are no UTF-8 become U+FFFD."""
-        ids = np.asarray(ids)
-        stops = np.flatnonzero(ids == self.stop_id)
-        return bytes(ids[: stops[0] if stops.size else ids.size].astype(np.uint8)).decode("utf-8", errors="replace")
+        return bytes(np.asarray(_before_stop(ids, self.stop_ids), np.uint8)).decode("utf-8", errors="replace")
 
     def prompt(self, question: str) -> list[int]:
         """What the model reads before it answers."""
@@ -31,3 +37,140 @@ class ByteTokenizer:
     def completion(self, answer: str) -> list[int]:
         """What the model must then produce, the stop token included."""
         return [*self.encode(answer), self.stop_id]
+
+    def refusal(self, text: str, exactly: bool) -> str | None:
+        """Why a question, or with `exactly` an answer, cannot be carried as it is written; None if it can."""
+        return None
+
+
+class CheckpointTokenizer:
+    """The tokenizer.json of a checkpoint, with its chat template: the question is the user's turn.
+
+    A checkpoint without a chat template, which has not learned to chat, reads the question and a line feed.
+    """
+
+    def __init__(self, directory: Path):
+        self._tokenizer = _load_tokenizer(directory / "tokenizer.json")
+        self._settings = _read_settings(directory / "tokenizer_config.json")
+        self._template = _load_template(directory, self._settings)
+        self._specials = [t.content for t in self._tokenizer.get_added_tokens_decoder().values() if t.special]
+        self.vocab_size = 1 + max(self._tokenizer.get_vocab().values())
+        self.stop_ids = self._find_stops(directory)
+        pad = self._special("pad_token")
+        self.pad_id = self.stop_ids[0] if pad is None else pad
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a text, without any special token."""
+        return self._tokenizer.encode(text, add_special_tokens=False).ids
+
+    def decode(self, ids) -> str:
+        """The text of some ids up to the first stop token."""
+        return self._tokenizer.decode(_before_stop(ids, self.stop_ids), skip_special_tokens=True)
+
+    def prompt(self, question: str) -> list[int]:
+        """What the model reads before it answers."""
+        if self._template is None:
+            return self._tokenizer.encode(question + "\n").ids
+        return self.encode(self._template([{"role": "user", "content": question}]))
+
+    def completion(self, answer: str) -> list[int]:
+        """What the model must then produce, the stop token included."""
+        return [*self.encode(answer), self.stop_ids[0]]
+
+    def refusal(self, text: str, exactly: bool) -> str | None:
+        """Why a question, or with `exactly` an answer, cannot be carried as it is written; None if it can."""
+        for special in self._specials:
+            if special in text:
+                return f"holds {special}, which the tokenizer reads as a special token"
+        if exactly and (decoded := self.decode(self.encode(text))) != text:
+            return f"comes back from the tokenizer as {decoded!r}"
+        return None
+
+    def _special(self, name: str) -> int | None:
+        """The id of a special token that tokenizer_config.json names."""
+        value = self._settings.get(name)
+        token = value.get("content") if isinstance(value, dict) else value
+        return None if token is None else self._tokenizer.token_to_id(token)
+
+    def _find_stops(self, directory: Path) -> tuple[int, ...]:
+        """The token that ends a turn, then all others at which generation stops."""
+        stops = [self._special("eos_token")]
+        for name in ("generation_config.json", "config.json"):
+            path = directory / name
+            ids = _read_settings(path).get("eos_token_id") if path.exists() else None
+            stops += ids if isinstance(ids, list) else [ids]
+        found = tuple(dict.fromkeys(stop for stop in stops if stop is not None))
+        if not found:
+            raise UserError(f"{directory / 'tokenizer_config.json'}: names no eos_token to end an answer with")
+        return found
+
+
+def load(directory: Path, vocab_size: int) -> CheckpointTokenizer:
+    """The tokenizer of a checkpoint. Raises UserError if it is missing, damaged or larger than the vocabulary."""
+    tokenizer = CheckpointTokenizer(Path(directory))
+    if tokenizer.vocab_size > vocab_size:
+        raise UserError(
+            f"{Path(directory) / 'tokenizer.json'}: has the token id {tokenizer.vocab_size - 1}, "
+            f"and the backbone's vocabulary is {vocab_size} tokens"
+        )
+    return tokenizer
+
+
+def _before_stop(ids, stop_ids: tuple[int, ...]) -> list[int]:
+    ids = np.asarray(ids)
+    stops = np.flatnonzero(np.isin(ids, stop_ids))
+    return ids[: stops[0] if stops.size else ids.size].tolist()
+
+
+def _load_tokenizer(path: Path):
+    try:
+        from tokenizers import Tokenizer
+    except ImportError:
+        raise UserError(f"{path}: needs the tokenizers library; pip install -e .[hf]") from None
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; a checkpoint needs the fast tokenizer that this file holds")
+    try:
+        return Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises nothing more special
+        raise UserError(f"{path}: is no tokenizer ({error})") from None
+
+
+def _read_settings(path: Path) -> dict:
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read ({error})") from None
+
+
+def _load_template(directory: Path, settings: dict):
+    """`messages -> text` by the checkpoint's chat template, or None. It comes from strangers, and runs in a sandbox."""
+    path = directory / "chat_template.jinja"
+    source = path.read_text() if path.exists() else settings.get("chat_template")
+    if isinstance(source, list):  # several, with names
+        source = {entry["name"]: entry["template"] for entry in source}.get("default")
+    if source is None:
+        return None
+    try:
+        import jinja2.sandbox
+    except ImportError:
+        raise UserError(f"{directory}: its chat template needs jinja2; pip install -e .[hf]") from None
+    tokens = {}
+    for name, value in settings.items():
+        if name.endswith("_token"):
+            tokens[name] = value.get("content") if isinstance(value, dict) else value
+
+    def refuse(message):
+        raise jinja2.TemplateError(message)
+
+    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+    environment.globals["raise_exception"] = refuse
+
+    def render(messages: list[dict[str, str]]) -> str:
+        # No date: a template that asks for today's would make other prompts tomorrow, and select other experts.
+        try:
+            template = environment.from_string(source)
+            return template.render(messages=messages, add_generation_prompt=True, **tokens)
+        except (jinja2.TemplateError, TypeError, ValueError) as error:
+            raise UserError(f"{directory}: its chat template fails ({error})") from None
+
+    return render

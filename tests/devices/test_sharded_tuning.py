@@ -34,8 +34,8 @@ def run(config, projection, mesh=None):
             log.loss.append(0.0)
         assert log.steps == STEPS and ready.method.step._cache_size() == 1
         rows_NR, ids_S = state.rows_NR, np.asarray(state.slots.expert_ids_S)
-        speak = recall.with_memory(base, routing, lambda ids: runs._gather(rows_NR, ids), config.memory)
-        answers = recall.answers(base, speak, QUESTIONS, longest=6)
+        adapt = recall.with_memory(base, routing, lambda ids: runs._gather(rows_NR, ids), config.memory)
+        answers = recall.answers(base, adapt, QUESTIONS, longest=6)
         order = np.argsort(ids_S)[: np.count_nonzero(ids_S != row_optimizer.NONE)]
         by_expert = jax.tree.map(lambda x: np.asarray(x)[order], state.slots.state)
         return expert_ids_FK, np.array(losses), helpers.flat(rows_NR)[: config.memory.num_experts], by_expert, answers
