@@ -103,13 +103,15 @@ def resolve(asked: BackboneConfig) -> BackboneConfig:
     return dataclasses.replace(asked, **fields)
 
 
-def load_backbone(path: str, dtype: str = "float32", context: int = 256) -> tuple[BackboneConfig, backbone.Params]:
+def load_backbone(
+    path: str | os.PathLike, dtype: str = "float32", context: int = 256
+) -> tuple[BackboneConfig, backbone.Params]:
     """The config and the whole parameters of a checkpoint, on the devices of the ambient mesh.
 
     Tensor by tensor, straight into shards: the host never holds more than one twice. Raises UserError for what is
     missing, damaged, of another shape or not understood.
     """
-    config = resolve(BackboneConfig(path=path, dtype=dtype, context=context))
+    config = resolve(BackboneConfig(path=os.fspath(path), dtype=dtype, context=context))
     decoder = backbone.Decoder(config, 1)
     shapes = jax.eval_shape(lambda: backbone.join(backbone.init(decoder, jax.random.key(0))))
     return config, _load(config, shapes)
@@ -206,13 +208,15 @@ def _read_config(path: Path) -> tuple[dict[str, Any], int | None]:
     for name in ("attention_bias", "mlp_bias"):
         if values.get(name):
             refuse(name)
+    if values["num_attention_heads"] % (values.get("num_key_value_heads") or values["num_attention_heads"]):
+        refuse("num_key_value_heads", "does not divide num_attention_heads")
     if values.get("hidden_act", "silu") != "silu":
         refuse("hidden_act")
     layers, heads = values["num_hidden_layers"], values["num_attention_heads"]
     window = (values.get("sliding_window") or 0) if family == "mistral" else 0
     if values.get("use_sliding_window") and values.get("max_window_layers", 0) < layers:
         refuse("use_sliding_window", "in some of the layers is not supported")
-    if set(values.get("layer_types") or ["full_attention"]) - {"sliding_attention" if window else "full_attention"}:
+    if set(values.get("layer_types") or ()) - {"sliding_attention" if window else "full_attention"}:
         refuse("layer_types")
     fields = {
         "vocab_size": values["vocab_size"],
@@ -234,7 +238,10 @@ def _read_config(path: Path) -> tuple[dict[str, Any], int | None]:
 
 def _rope(path: Path, values: Mapping[str, Any]) -> dict[str, Any]:
     """Our fields of the rotary positions; older files name them apart, newer ones in rope_parameters."""
-    rope = {**(values.get("rope_scaling") or {}), **(values.get("rope_parameters") or {})}
+    parts = [values.get(name) or {} for name in ("rope_scaling", "rope_parameters")]
+    if not all(isinstance(part, dict) for part in parts):
+        raise UserError(f"{path}: rope_scaling {json.dumps(parts[0] or parts[1])} is not an object")
+    rope = parts[0] | parts[1]
     kind = rope.get("rope_type", rope.get("type", "default"))
     defaults = {field.name: field.default for field in dataclasses.fields(BackboneConfig)}
     fields = {name: value for name, value in defaults.items() if name.startswith("rope_")}
@@ -301,7 +308,7 @@ def _load(config: BackboneConfig, shapes: backbone.Params) -> backbone.Params:
 
         def part(index):
             part = tensor[index[::-1]].T if turned else tensor[index]
-            return part.astype(leaf.dtype, order="C")
+            return np.asarray(part, leaf.dtype, order="C")
 
         return jax.make_array_from_callback(leaf.shape, sharding.layout(names, leaf.shape), part)
 

