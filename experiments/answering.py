@@ -7,7 +7,7 @@ import time
 import jax
 import numpy as np
 
-from lamini_jax import bank, model, recall, router, runs, sharding
+from lamini_jax import bank, memory, model, recall, router, sharding
 from lamini_jax.config import LOOKUPS, Config, MemoryConfig, RouterConfig
 from lamini_jax.data import batches, world
 
@@ -32,8 +32,8 @@ def rows(sizes: list[int], progress) -> list[dict]:
         routing = model.make_router(config, base, questions)
         ids_S = np.sort(np.random.default_rng(0).choice(num_experts, min(TRAINED, num_experts), replace=False))
         rows_SR = bank.init(np.uint32(0), bank.row_shape(config.backbone, config.memory), len(ids_S))
-        memory = runs.Memory(routing, sharding.put(ids_S.astype(np.int32)), rows_SR)
-        adapt = runs.answer_with(base, memory, config)
+        tuned = memory.Memory(routing, sharding.put(ids_S.astype(np.int32)), rows_SR, base.fingerprint)
+        adapt = memory.adapt_with(base, tuned, config)
 
         def ask():
             recall.answers(base, adapt, questions, LONGEST)

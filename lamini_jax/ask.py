@@ -1,68 +1,134 @@
 """Answers questions with a memory that `lamini_jax.tune` has tuned.
 
     python -m lamini_jax.ask --workdir=DIR --question="..."
+    python -m lamini_jax.ask --workdir=DIR
     python -m lamini_jax.ask --workdir=DIR --questions=FILE.jsonl --output=OUT.jsonl
 
-The first prints the answer alone. The second answers a file of lines {"question": "..."} and writes them to OUT.jsonl
-with "generated" added to each. --lookup=approximate finds experts faster on a TPU and
-misses some of them. --mesh_model is what --config.mesh.model is to tuning.
+The first prints the answer alone, as it is made. The second answers each line of the standard input with one line. The
+third answers a file of lines {"question": "..."} and writes them to OUT.jsonl with "generated" added to each.
+--memory=OUT, from `lamini_jax.export`, serves in place of --workdir, beside the backbone at --backbone if that lies
+elsewhere on this machine. --details adds the experts that a question selected, and how sure the answer is: the smallest
+probability among its tokens. --temperature samples instead of taking the likeliest tokens. --lookup=approximate finds
+experts faster on a TPU and misses some of them. --mesh_model is what --config.mesh.model is to tuning.
 """
 
 import dataclasses
 import json
+import sys
+from collections.abc import Iterable
 from pathlib import Path
 
+import jax
+import numpy as np
+import tqdm
 from absl import flags
 
-from lamini_jax import command, model, processes, recall, runs
-from lamini_jax.config import MeshConfig, from_config_dict
+from lamini_jax import command, hf, memory, model, processes, recall
+from lamini_jax.config import MeshConfig
 from lamini_jax.data.facts import check_question, read_questions
+from lamini_jax.decoding import Sampling
 from lamini_jax.errors import UserError
 
-_WORKDIR = flags.DEFINE_string("workdir", None, "Directory that `lamini_jax.tune` has finished with.", required=True)
+_WORKDIR = flags.DEFINE_string("workdir", None, "Directory that `lamini_jax.tune` has finished with.")
+_MEMORY = flags.DEFINE_string("memory", None, "Directory that `lamini_jax.export` has written.")
+_BACKBONE = flags.DEFINE_string("backbone", None, "Where the checkpoint of the backbone lies, if it has moved.")
 _QUESTION = flags.DEFINE_string("question", None, "One question.")
 _QUESTIONS = flags.DEFINE_string("questions", None, "JSONL file with many.")
-command.define_processes()
+_OUTPUT = flags.DEFINE_string("output", None, "Where the answers to --questions go.")
+_DETAILS = flags.DEFINE_bool("details", False, "Adds the selected experts, and the smallest probability of a token.")
+_TEMPERATURE = flags.DEFINE_float("temperature", 0.0, "Samples at this temperature; 0: the likeliest tokens.", 0.0)
+_SEED = flags.DEFINE_integer("seed", 0, "Of the samples.", lower_bound=0)
 _LOOKUP = flags.DEFINE_enum("lookup", None, ["approximate"], "Instead of the exact lookup that tuned.")
 _MESH_MODEL = flags.DEFINE_integer("mesh_model", 1, "Devices among which each layer is divided; -1: all.")
-_OUTPUT = flags.DEFINE_string("output", None, "Where the answers to --questions go.")
+command.define_processes()
 
 
 def main() -> None:
-    if (_QUESTION.value is None) == (_QUESTIONS.value is None):
+    if _QUESTION.value is not None and _QUESTIONS.value is not None:
         raise UserError('give either --question="..." or --questions=FILE.jsonl')
     if (_QUESTIONS.value is None) != (_OUTPUT.value is None):
         raise UserError("--questions=FILE.jsonl and --output=OUT.jsonl go together")
-    directory = Path(_WORKDIR.value)
-    if not (directory / "results.json").is_file() or not (directory / "config.json").is_file():
-        raise UserError(
-            f"--workdir={directory}: has no finished checkpoint; finish python -m lamini_jax.tune in it first"
-        )
-    config = from_config_dict(json.loads((directory / "config.json").read_text())["config"])
+    if _QUESTION.value is None and _QUESTIONS.value is None and flags.FLAGS.multihost:
+        raise UserError("--multihost: several processes share no standard input; give --question or --questions")
+    config, load = _source()
+    if _BACKBONE.value is not None:
+        backbone = hf.resolve(dataclasses.replace(config.backbone, path=_BACKBONE.value))
+        config = dataclasses.replace(config, backbone=backbone)
     if _LOOKUP.value and config.router.lookup != "exact":
         raise UserError(f"--lookup={_LOOKUP.value}: this memory was tuned with {config.router.lookup} keys")
     whole = _MESH_MODEL.value == -1
     command.start(MeshConfig(data=1 if whole else -1, model=_MESH_MODEL.value))
-    base = model.load_base(config)
-    context = config.backbone.context
+    tokenizer, context = model.load_tokenizer(config), config.backbone.context
     if _QUESTION.value is not None:
-        check_question(_QUESTION.value, base.tokenizer, context, "--question")
-        records = [{"question": _QUESTION.value}]
-    else:
-        records = read_questions(_QUESTIONS.value, base.tokenizer, context)
+        check_question(_QUESTION.value, tokenizer, context, "--question")
+    if _QUESTIONS.value is not None:
+        records = read_questions(_QUESTIONS.value, tokenizer, context)
         if not Path(_OUTPUT.value).absolute().parent.is_dir():
             raise UserError(f"--output={_OUTPUT.value}: its directory does not exist")
-    memory = runs.load_memory(config, directory / "checkpoints")
+    base, tuned = model.load_base(config), load(config)
     if _LOOKUP.value:
-        memory = dataclasses.replace(memory, routing=memory.routing.replace(lookup=_LOOKUP.value))
-    adapt = runs.answer_with(base, memory, config)
-    generated = recall.answers(base, adapt, [record["question"] for record in records])
+        tuned = dataclasses.replace(tuned, routing=tuned.routing.replace(lookup=_LOOKUP.value))
+    adapt = memory.adapt_with(base, tuned, config)
     if _QUESTION.value is not None:
-        processes.say(generated[0])
+        _print_answer(base, adapt, _QUESTION.value)
+    elif _QUESTIONS.value is not None:
+        _write_answers(base, adapt, records)
     else:
-        lines = [json.dumps({**record, "generated": text}) for record, text in zip(records, generated, strict=True)]
-        command.write_text(_OUTPUT.value, "\n".join(lines) + "\n")
-        processes.say(f"{len(lines)} answers in {_OUTPUT.value}")
+        _answer_lines(base, adapt, sys.stdin)
+
+
+def _source():
+    """The config of the memory, and what loads it."""
+    if (_WORKDIR.value is None) == (_MEMORY.value is None):
+        raise UserError("give either --workdir=DIR or --memory=DIR")
+    if _MEMORY.value is not None:
+        exported = Path(_MEMORY.value)
+        return memory.config_of_export(exported), lambda config: memory.of_export(config, exported)
+    workdir = Path(_WORKDIR.value)
+    return memory.config_of_run(workdir), lambda config: memory.of_run(config, workdir / "checkpoints")
+
+
+def _sampling(draw: int = 0) -> Sampling | None:
+    if not _TEMPERATURE.value:
+        return None
+    return Sampling(jax.random.fold_in(jax.random.key(_SEED.value), draw), np.float32(_TEMPERATURE.value))
+
+
+def _print_answer(base: model.Base, adapt: recall.Adapt, question: str, draw: int = 0) -> None:
+    """Prints an answer as it grows; what may still become another character waits."""
+    printed = ""
+    for answer in recall.stream(base, adapt, question, _sampling(draw)):
+        text = answer.text.rstrip("\ufffd")
+        if processes.first() and text.startswith(printed):
+            print(text[len(printed) :], end="", flush=True)
+            printed = text
+    processes.say(answer.text[len(printed) :])
+    if _DETAILS.value:
+        processes.say(f"  least likely token: {answer.probability:.4f}")
+        processes.say(f"  experts: {' '.join(map(str, answer.expert_ids))}")
+
+
+def _answer_lines(base: model.Base, adapt: recall.Adapt, lines: Iterable[str]) -> None:
+    context = base.decoder.config.context
+    for number, line in enumerate(lines, 1):
+        question = line.rstrip("\r\n")
+        if question.strip():
+            check_question(question, base.tokenizer, context, f"standard input, line {number}")
+            _print_answer(base, adapt, question, number)
+
+
+def _write_answers(base: model.Base, adapt: recall.Adapt, records: list[dict]) -> None:
+    asked = [record["question"] for record in records]
+    given = recall.ask(base, adapt, asked, sampling=_sampling())
+    progress = {"total": len(asked), "unit": "answer", "mininterval": 1.0, "disable": not processes.first()}
+    answers = dict(tqdm.tqdm(given, **progress))
+    lines = []
+    for number, record in enumerate(records):
+        answer = answers[number]
+        details = {"probability": answer.probability, "expert_ids": answer.expert_ids} if _DETAILS.value else {}
+        lines.append(json.dumps({**record, "generated": answer.text, **details}))
+    command.write_text(_OUTPUT.value, "\n".join(lines) + "\n")
+    processes.say(f"{len(lines)} answers in {_OUTPUT.value}")
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from lamini_jax.backbone import Adapter, LowRank, linear_shapes
 from lamini_jax.config import BackboneConfig, MemoryConfig
 from lamini_jax.errors import DEVICES, UserError
 
+PARTS = ("down", "up")
 ROWS = ("experts", None, "columns")  # the axes of both parts of rows_NR
 
 

@@ -81,6 +81,21 @@ def ask(
                 yield int(bucket.index_F[rows_B[i]]), Answer(text, float(probability_B[i]), expert_ids_BK[i].tolist())
 
 
+def stream(base: model.Base, adapt: Adapt, question: str, sampling: Sampling | None = None) -> Iterator[Answer]:
+    """The answer to one question as it grows, token by token."""
+    (bucket,) = batches.prompts([question], base.tokenizer)
+    adapted, stops = adapt(bucket.tokens_FT, bucket.length_F), base.tokenizer.stop_ids
+    expert_ids = [] if adapted.expert_ids_BK is None else np.asarray(adapted.expert_ids_BK)[0].tolist()
+    context, parts = base.decoder.config.context, (base.decoder, base.params)
+    state = decoding.start(*parts, bucket.tokens_FT, bucket.length_F, context, stops, adapted, sampling)
+    for step in itertools.count(1):
+        state = decoding.proceed(*parts, state, step, stops, adapted, sampling)
+        text = base.tokenizer.decode(np.asarray(state.answer_BA)[0, : int(state.step)])
+        yield Answer(text, float(np.exp(state.least_B[0])), expert_ids)
+        if int(state.step) < step or step == state.answer_BA.shape[1]:
+            return
+
+
 def answers(base: model.Base, adapt: Adapt, questions: Sequence[str], longest: int | None = None) -> list[str]:
     """The answers of greedy decoding, as text."""
     texts = dict(ask(base, adapt, questions, longest))

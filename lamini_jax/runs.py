@@ -13,7 +13,7 @@ import numpy as np
 import optax
 import tqdm
 
-from lamini_jax import bank, checkpoint, model, processes, recall, router, row_optimizer, sharding, tuning
+from lamini_jax import bank, checkpoint, memory, model, processes, recall, router, row_optimizer, tuning
 from lamini_jax.config import Config
 from lamini_jax.data import batches
 from lamini_jax.data.facts import Fact
@@ -27,15 +27,6 @@ class Tuned:
     log: tuning.Log
     adapt: recall.Adapt
     certified_F: np.ndarray  # which facts are, by the losses measured last
-
-
-@dataclasses.dataclass(frozen=True)
-class Memory:
-    """Tuned memory as a checkpoint holds it: enough to answer with."""
-
-    routing: router.Router
-    expert_ids_S: jax.Array  # ascending
-    rows_SR: dict[str, jax.Array]
 
 
 def fingerprint(facts: Sequence[Fact]) -> str:
@@ -58,7 +49,9 @@ def tune_memory(
     tx = row_optimizer.make(config.tuning.optimizer, config.tuning.learning_rate)
     checkpoints = checkpoint.Checkpoints(directory)
     saved = checkpoints.latest()
-    routing = make_router() if saved is None else _routing(config, saved)
+    if saved is not None and saved.extra["backbone"] != base.fingerprint:
+        raise UserError(f"{directory}: was tuned beside another backbone (fingerprint {saved.extra['backbone']})")
+    routing = make_router() if saved is None else memory.restored_router(config, saved.arrays, saved.extra)
     if saved is None:
         questions = [fact.question for fact in facts]
         expert_ids_FK = model.select_all(base, routing, questions, config.memory.selected)
@@ -97,7 +90,7 @@ def tune_memory(
     prepared = tuning.Facts(examples, tuning.memory_buckets(base, examples, expert_ids_FK, slots_FK))
     touched = row_optimizer.most_touched(slots_FK, expert_ids_S.size, config.tuning.batch_size)
     method = tuning.memory_method(base.decoder, shape, config.memory.target, tx, touched)
-    extra = {"keys": _checksum(routing)}
+    extra = {"keys": memory.key_checksum(routing), "backbone": base.fingerprint}
     loop = _Loop(config, base, facts, checkpoints, title, keep, extra, adapt_with, until_all_hold)
     state = _run(loop, method, state, prepared, log)
     return Tuned(log, adapt_with(state), log.worst_F < tuning.certified_loss(config.backbone.dtype))
@@ -137,42 +130,7 @@ def recalled(base: model.Base, adapt: recall.Adapt, facts: Sequence[Fact]) -> tu
     return np.array([text == fact.answer for text, fact in zip(generated, facts, strict=True)]), generated
 
 
-def load_memory(config: Config, directory: Path) -> Memory:
-    """The tuned memory of a finished run."""
-    saved = checkpoint.Checkpoints(directory).latest() if directory.is_dir() else None
-    if saved is None:
-        raise UserError(f"{directory}: has no finished checkpoint; finish python -m lamini_jax.tune first")
-    saved_ids_S = saved.arrays["expert_ids_S"]
-    ids_X = np.sort(saved_ids_S[saved_ids_S != row_optimizer.NONE])
-    ids_S = np.full(sharding.padded(ids_X.size, "experts"), row_optimizer.NONE, np.int32)
-    ids_S[: ids_X.size] = ids_X
-    shape = bank.row_shape(config.backbone, config.memory)
-    down_SMI, up_SMO = row_optimizer.rearranged(saved.tables["rows"], saved_ids_S, ids_S, shape)
-    return Memory(_routing(config, saved), sharding.put(ids_S), {"down": down_SMI, "up": up_SMO})
-
-
-def answer_with(base: model.Base, memory: Memory, config: Config) -> recall.Adapt:
-    """Tuned memory beside the backbone; it holds the trained rows only."""
-
-    def fetch(ids_BK):
-        return _gather_trained(memory.expert_ids_S, memory.rows_SR, ids_BK)
-
-    return recall.with_memory(base, memory.routing, fetch, config.memory)
-
-
 _gather = jax.jit(bank.gather)
-_gather_trained = jax.jit(bank.gather_trained)
-
-
-def _checksum(routing: router.Router) -> int:
-    rows = None if routing.lookup == "product" else routing.num_experts
-    return checkpoint.checksum(routing.keys, rows)
-
-
-def _routing(config: Config, saved: checkpoint.Saved) -> router.Router:
-    routing = router.make(config, saved.arrays["mean_D"], saved.arrays["transform_DC"])
-    checkpoint.verify(_checksum(routing), saved.extra["keys"])
-    return routing
 
 
 @dataclasses.dataclass(frozen=True)

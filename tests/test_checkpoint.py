@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from helpers import FACTS
 
-from lamini_jax import checkpoint, router, runs, tuning
+from lamini_jax import checkpoint, memory, router, runs, tuning
 from lamini_jax.errors import UserError
 
 LOSSES = ("total_F", "worst_F", "likeliest_F", "active_F")
@@ -185,12 +185,12 @@ def test_a_broken_checkpoint_is_named(copied):
 
 def test_other_keys_are_refused(copied, tune_memory, monkeypatch):
     """Another version of jax might draw other keys from the seed: then every fact would meet other experts."""
-    assert runs.load_memory(helpers.CONFIG, copied).routing.keys.shape == (4096, 16)
+    assert memory.of_run(helpers.CONFIG, copied).routing.keys.shape == (4096, 16)
     keys_NC = np.array(router.keys(helpers.CONFIG))
     keys_NC[1234, 5] = np.nextafter(keys_NC[1234, 5], np.float32(2))
     monkeypatch.setattr(router, "keys", lambda config: jnp.asarray(keys_NC))
     with pytest.raises(UserError, match="keys"):
-        runs.load_memory(helpers.CONFIG, copied)
+        memory.of_run(helpers.CONFIG, copied)
     with pytest.raises(UserError, match="keys"):
         tune_memory(copied)
 

@@ -10,7 +10,7 @@ import optax
 import pytest
 from helpers import FACTS
 
-from lamini_jax import backbone, bank, decoding, model, row_optimizer, runs, tuning
+from lamini_jax import backbone, bank, decoding, memory, model, row_optimizer, runs, tuning
 from lamini_jax.data import batches
 
 
@@ -57,7 +57,7 @@ def midway(base, routing, tmp_path_factory):
     before = copy(routing)
     tuned = runs.tune_memory(config, base, lambda: routing, FACTS, directory, "")
     assert 0 < tuned.certified_F.sum() < len(FACTS)
-    return tuned, runs.load_memory(config, directory), before
+    return tuned, memory.of_run(config, directory), before
 
 
 def test_router_stays_frozen(base, routing, midway):
@@ -175,7 +175,7 @@ def test_certified_facts_are_recalled(base, midway):
     assert exact_F[tuned.certified_F].all()
     assert exact_F.tolist() == [text == fact.answer for text, fact in zip(generated, FACTS, strict=True)]
     assert exact_F.tolist() == tuned.log.likeliest_F.tolist()
-    assert runs.recalled(base, runs.answer_with(base, served, helpers.CONFIG), FACTS)[1] == generated
+    assert runs.recalled(base, memory.adapt_with(base, served, helpers.CONFIG), FACTS)[1] == generated
 
 
 def recording(method, steps):

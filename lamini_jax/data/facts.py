@@ -95,6 +95,8 @@ def read_questions(path: str, tokenizer, context: int) -> list[dict[str, Any]]:
 def check_question(question: str, tokenizer, context: int, where: str) -> None:
     """Raises UserError, naming `where` it stands, for a question that is empty or leaves no room for an answer."""
     _text({"question": question}, "question", where)
+    if refusal := tokenizer.refusal(question, exactly=False):
+        raise UserError(f"{where}: the question {refusal}")
     _check_length(len(tokenizer.prompt(question)), context - 1, "the question", where)
 
 

@@ -116,6 +116,28 @@ def load(directory: Path, vocab_size: int) -> CheckpointTokenizer:
     return tokenizer
 
 
+def save_bytes(directory: Path) -> None:
+    """Writes `ByteTokenizer` in the files that a checkpoint has, for others to read."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
+    specials = {"pad_token": "<|pad|>", "bos_token": "<|begin|>", "answer_token": "<|answer|>", "eos_token": "<|stop|>"}
+    # Byte-level tokenizers write a byte that is no visible Latin-1 character as one from beyond them, in order.
+    visible = [byte for byte in range(256) if chr(byte).isprintable() and byte not in (0x20, 0xA0, 0xAD)]
+    hidden = [byte for byte in range(256) if byte not in visible]
+    letters = {byte: chr(byte) for byte in visible} | {byte: chr(256 + i) for i, byte in enumerate(hidden)}
+    vocabulary = {letters[byte]: byte for byte in range(ByteTokenizer.pad_id)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in specials.values()])
+    tokenizer.save(str(directory / "tokenizer.json"))
+    template = "{{ '<|begin|>' }}{{ messages[-1]['content'] }}{{ '<|answer|>' }}"
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "chat_template": template, **specials}
+    (directory / "tokenizer_config.json").write_text(json.dumps(settings, indent=1) + "\n")
+    generation = {"eos_token_id": ByteTokenizer.stop_id, "pad_token_id": ByteTokenizer.pad_id}
+    (directory / "generation_config.json").write_text(json.dumps(generation) + "\n")
+
+
 def _before_stop(ids, stop_ids: tuple[int, ...]) -> list[int]:
     ids = np.asarray(ids)
     stops = np.flatnonzero(np.isin(ids, stop_ids))

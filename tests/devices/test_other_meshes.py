@@ -5,7 +5,7 @@ import jax
 import numpy as np
 import pytest
 
-from lamini_jax import bank, checkpoint, row_optimizer, runs, sharding
+from lamini_jax import bank, checkpoint, memory, row_optimizer, runs, sharding
 from lamini_jax.config import MeshConfig
 
 CONFIG = helpers.replace(helpers.CONFIG, memory={"num_experts": 4099}, tuning={"epochs": 4})
@@ -57,8 +57,8 @@ def test_restores_bit_for_bit(saved, here, there, monkeypatch, tmp_path):
     with on(here):
         monkeypatch.setattr(checkpoint.Checkpoints, "save", keep)
         tune(saved[there])
-        memory = runs.load_memory(CONFIG, saved[there])
-        served = bank.gather_trained(memory.expert_ids_S, memory.rows_SR, before[0][:, None])
+        tuned = memory.of_run(CONFIG, saved[there])
+        served = bank.gather_trained(tuned.expert_ids_S, tuned.rows_SR, before[0][:, None])
         served = [np.asarray(served[name])[:, 0] for name in ("down", "up")]
     assert helpers.same_bits(written["after"], before)
     assert helpers.same_bits(served, before[1][:2])
