@@ -7,10 +7,15 @@ from pathlib import Path
 
 import checkpoints
 import helpers
+import jax
+import numpy as np
 import pytest
 from helpers import call
 from safetensors.numpy import load_file
 from test_commands import FLAGS, contents, read_lines, refuse
+
+from lamini_jax import backbone, hf
+from lamini_jax.data import tokenizer
 
 FACTS = [
     dataclasses.replace(fact, answer=answer)
@@ -73,10 +78,6 @@ def ask_file(output, *flags):
     return read_lines(output)
 
 
-def ask_lines(text, *flags):
-    return call("ask", *flags, stdin=text)
-
-
 def test_all_facts_hold(run):
     assert run.result.returncode == 0, run.result.stderr
     assert run.result.stdout.startswith("3 of 3 facts recalled exactly, 3 certified, after ")
@@ -94,8 +95,9 @@ def test_answers_and_details(details):
 
 def test_lines_of_the_standard_input(run, details):
     """One answer each, empty lines skipped, until one that cannot be answered."""
+    too_long, no_text = (helpers.start("ask", run.flag, "--details") for _ in range(2))
     lines = ["", FACTS[2].question, "  ", FACTS[1].question + "\r", "x" * 500, FACTS[0].question]
-    result = ask_lines("\n".join(lines), run.flag, "--details")
+    result = helpers.finish(too_long, "\n".join(lines))
     told = result.stdout.splitlines()
     assert told[0::3] == [FACTS[2].answer, FACTS[1].answer]
     for line, probability, experts in zip((details[2], details[1]), told[1::3], told[2::3], strict=True):
@@ -103,13 +105,9 @@ def test_lines_of_the_standard_input(run, details):
         assert [int(expert) for expert in experts.split()[1:]] == line["expert_ids"]
     assert result.returncode == 2
     assert result.stderr.count("\n") == 1 and "standard input, line 5" in result.stderr
-
-
-def test_input_that_is_no_text(run):
-    result = ask_lines(b"Who?\n\xff\xfe\n", run.flag)
-    assert result.returncode == 2, result
-    assert result.stdout.count("\n") == 1
-    assert result.stderr.count("\n") == 1 and "standard input" in result.stderr
+    result = helpers.finish(no_text, b"Who?\n\xff\xfe\n")
+    assert (result.returncode, result.stdout.count("\n")) == (2, 3)
+    assert result.stderr.count("\n") == 1 and "standard input, line 2" in result.stderr
 
 
 def test_served_elsewhere_as_where_it_was_tuned(exported, details, tmp_path):
@@ -127,12 +125,11 @@ def test_some_questions_alone(run, exported, details, tmp_path):
 
 
 def test_samples_are_a_matter_of_the_seed(run):
-    def sample(seed, question=UNTUNED):
-        result = ask_lines(f"{question}\n{question}\n", run.flag, "--temperature=2", f"--seed={seed}")
-        assert result.returncode == 0
-        return result.stdout
-
-    assert sample(1) == sample(1) != sample(2)
+    flags = run.flag, f"--question={UNTUNED}", "--temperature=2"
+    results = [helpers.finish(process) for process in [helpers.start("ask", *flags, f"--seed={i}") for i in (1, 1, 2)]]
+    first, again, other = [result.stdout for result in results]
+    assert first == again != other
+    assert [result.returncode for result in results] == [0, 0, 0]
 
 
 def test_an_adapter(run, tmp_path):
@@ -145,13 +142,13 @@ def test_an_adapter(run, tmp_path):
 
 
 def test_the_backbone_that_ships(tmp_path):
-    """In files that tune takes as it takes any checkpoint."""
+    """In files that are read as any checkpoint is."""
     result = call("export", "--format=backbone", f"--output={tmp_path / 'tiny'}")
     assert (result.returncode, result.stderr) == (0, ""), result
-    facts = helpers.write_facts(tmp_path / "facts.jsonl", FACTS[:1])
-    flags = [f"--config.backbone.path={tmp_path / 'tiny'}", "--config.tuning.epochs=1", *FLAGS]
-    result = call("tune", f"--facts={facts}", f"--workdir={tmp_path / 'workdir'}", *flags)
-    assert result.returncode in (0, 3), result.stderr
+    (config, params), (shipped, expected) = hf.load_backbone(tmp_path / "tiny"), backbone.shipped()
+    assert dataclasses.replace(config, path="") == dataclasses.replace(shipped, dtype="float32")
+    assert helpers.same_bits(params, jax.tree.map(np.asarray, expected))
+    assert tokenizer.load(tmp_path / "tiny", config.vocab_size).prompt("Who?") == helpers.TOKENIZER.prompt("Who?")
 
 
 def test_commands_refuse_bad_input(run, exported, tmp_path):
@@ -161,6 +158,10 @@ def test_commands_refuse_bad_input(run, exported, tmp_path):
     wider = checkpoints.make(tmp_path / "wider", "llama", num_hidden_layers=3, intermediate_size=128)
     mamba = shutil.copytree(other, tmp_path / "mamba")
     checkpoints.edit(mamba / "config.json", model_type="mamba")
+    # Fails after the output has been begun.
+    changed = shutil.copytree(run.workdir, tmp_path / "changed")
+    saved = (changed / "config.json").read_text()
+    (changed / "config.json").write_text(saved.replace(str(run.checkpoint), str(other)))
     damaged = shutil.copytree(output, tmp_path / "damaged")
     (damaged / "memory.safetensors").write_bytes(b"")
     bad = tmp_path / "bad.jsonl"
@@ -188,6 +189,7 @@ def test_commands_refuse_bad_input(run, exported, tmp_path):
         ([run.flag, new, f"--questions={bad}"], [bad, "line 1", "<|eot_id|>"]),
         ([run.flag, new, "--format=gguf"], ["--format"]),
         ([f"--workdir={tmp_path / 'none'}", new], ["--workdir=", tmp_path / "none"]),
+        ([f"--workdir={changed}", new], ["another backbone", other]),
     )
     refuse("export", cases)
     workdir = f"--workdir={tmp_path / 'workdir'}"
@@ -210,15 +212,3 @@ def test_commands_refuse_bad_input(run, exported, tmp_path):
     )
     refuse("tune", cases)
     assert contents(tmp_path.parent) == before
-
-
-def test_a_failure_midway_leaves_nothing(run, tmp_path):
-    """Here after the output has been begun: the checkpoint is not the one that was tuned beside."""
-    workdir = shutil.copytree(run.workdir, tmp_path / "workdir")
-    other = checkpoints.make(tmp_path / "other", "llama", num_hidden_layers=3, num_key_value_heads=1, seed=1)
-    saved = json.loads((workdir / "config.json").read_text())
-    saved["config"]["backbone"]["path"] = str(other)
-    (workdir / "config.json").write_text(json.dumps(saved))
-    before = contents(tmp_path)
-    refuse("export", [([f"--workdir={workdir}", f"--output={tmp_path / 'out'}"], ["another backbone"])])
-    assert contents(tmp_path) == before

@@ -263,7 +263,7 @@ def test_peft_makes_of_an_adapter_what_the_memory_is(adapter):
     assert said(world, world.memory, 4 * QUESTIONS[:1])[0].text == text
 
 
-PRESETS = ["llama31", "llama32_tied", "llama_linear", "llama_head_dim", "mistral_window", "qwen2", "qwen3_tied"]
+PRESETS = ["llama31", "llama32_tied", "llama_linear", "mistral_window", "qwen2", "qwen3_tied"]
 
 
 @pytest.fixture(scope="module", params=PRESETS)
