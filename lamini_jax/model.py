@@ -121,6 +121,18 @@ def select_all(base: Base, routing: router.Router, questions: list[str], num_sel
     return expert_ids_FK
 
 
+def queries(base: Base, routing: router.Router, questions: list[str]) -> np.ndarray:
+    """query_FC of many questions: what a lookup compares with its keys."""
+    prompts = batches.prompts(questions, base.tokenizer)
+    return _over(prompts, lambda tokens, lengths: _query(base.decoder, base.params, routing, tokens, lengths))
+
+
+@functools.partial(jax.jit, static_argnames="decoder")
+def _query(decoder: Decoder, params, routing: router.Router, prompt_BT, length_B):
+    feature_BD = features(decoder, params, prompt_BT, length_B)
+    return router.query(routing.mean_D, routing.transform_DC, feature_BD, routing.lookup)
+
+
 def _over(prompts: list[batches.Prompts], function) -> np.ndarray:
     """`function(prompt_BT, length_B)` over buckets in batches of one size; results in the order of the questions."""
     parts, order = [], []
