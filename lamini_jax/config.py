@@ -86,6 +86,7 @@ class TuningConfig:
     learning_rate: float = 4e-2
     epochs: int = 100
     batch_size: int = 16
+    cache_gb: float = 4.0  # of each device for the facts' prefix activations; what is over stays on the host
     rematerialize: bool = False  # compute the suffix's activations a second time instead of keeping them
 
 
@@ -232,6 +233,7 @@ def _check(config: Config) -> None:
         (config.lora.optimizer in OPTIMIZERS, "lora.optimizer", f"must be one of {', '.join(OPTIMIZERS)}"),
         (0 < config.lora.learning_rate < math.inf, "lora.learning_rate", "must be positive"),
         (config.tuning.epochs >= 1, "tuning.epochs", "must be at least 1"),
+        (0 <= config.tuning.cache_gb < math.inf, "tuning.cache_gb", "must not be negative"),
         (config.tuning.batch_size >= 1, "tuning.batch_size", "must be at least 1"),
         (config.data.count >= 1, "data.count", "must be at least 1"),
         (config.lora.rank >= 1, "lora.rank", "must be at least 1"),

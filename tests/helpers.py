@@ -94,8 +94,8 @@ class Tuning:
         return tuning.MemoryState(rows_NR, row_optimizer.init(self.tx, ids_S, self.shape))
 
 
-def make_tuning(config: Config, base: model.Base, facts: list[Fact], expert_ids_FK=None) -> Tuning:
-    """Facts made ready for tuning; each selects K random experts unless told which."""
+def make_tuning(config: Config, base: model.Base, facts: list[Fact], expert_ids_FK=None, **options) -> Tuning:
+    """Facts made ready for tuning; each selects K random experts unless told which. `options` are of the buckets."""
     memory = config.memory
     if expert_ids_FK is None:
         rng = np.random.default_rng(1)
@@ -106,7 +106,7 @@ def make_tuning(config: Config, base: model.Base, facts: list[Fact], expert_ids_
     tx = row_optimizer.make(config.tuning.optimizer, config.tuning.learning_rate)
     method = tuning.memory_method(base.decoder, shape, memory.target, tx, touched)
     examples = batches.encode(facts, base.tokenizer)
-    prepared = tuning.Facts(examples, tuning.memory_buckets(base, examples, expert_ids_FK, slots_FK))
+    prepared = tuning.Facts(examples, tuning.memory_buckets(base, examples, expert_ids_FK, slots_FK, **options))
     return Tuning(config, base, shape, expert_ids_FK, slots_FK, tx, method, prepared)
 
 
