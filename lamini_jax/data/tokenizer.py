@@ -31,3 +31,7 @@ class ByteTokenizer:
     def completion(self, answer: str) -> list[int]:
         """What the model must then produce, the stop token included."""
         return [*self.encode(answer), self.stop_id]
+
+    def continuation(self, context: str, text: str) -> tuple[list[int], list[int]]:
+        """A plain text, the begin token in front, and what follows it: no question, no answer, and no stop token."""
+        return [self.begin_id, *self.encode(context)], self.encode(text)
