@@ -15,7 +15,7 @@ from pathlib import Path
 from absl import flags
 
 from lamini_jax import command, model, processes, recall, runs
-from lamini_jax.config import MeshConfig, from_config_dict
+from lamini_jax.config import MeshConfig
 from lamini_jax.data.facts import check_question, read_questions
 from lamini_jax.errors import UserError
 
@@ -34,11 +34,7 @@ def main() -> None:
     if (_QUESTIONS.value is None) != (_OUTPUT.value is None):
         raise UserError("--questions=FILE.jsonl and --output=OUT.jsonl go together")
     directory = Path(_WORKDIR.value)
-    if not (directory / "results.json").is_file() or not (directory / "config.json").is_file():
-        raise UserError(
-            f"--workdir={directory}: has no finished checkpoint; finish python -m lamini_jax.tune in it first"
-        )
-    config = from_config_dict(json.loads((directory / "config.json").read_text())["config"])
+    config = runs.tuned_config(directory, "workdir")
     if _LOOKUP.value and config.router.lookup != "exact":
         raise UserError(f"--lookup={_LOOKUP.value}: this memory was tuned with {config.router.lookup} keys")
     whole = _MESH_MODEL.value == -1

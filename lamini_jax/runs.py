@@ -14,7 +14,7 @@ import optax
 import tqdm
 
 from lamini_jax import bank, checkpoint, model, processes, recall, router, row_optimizer, sharding, tuning
-from lamini_jax.config import Config
+from lamini_jax.config import Config, from_config_dict
 from lamini_jax.data import batches
 from lamini_jax.data.facts import Fact
 from lamini_jax.errors import PREEMPTED, UserError
@@ -36,6 +36,10 @@ class Memory:
     routing: router.Router
     expert_ids_S: jax.Array  # ascending
     rows_SR: dict[str, jax.Array]
+
+    def fetch(self, expert_ids_BK):
+        """rows_BKR, from the trained rows alone."""
+        return _gather_trained(self.expert_ids_S, self.rows_SR, expert_ids_BK)
 
 
 def fingerprint(facts: Sequence[Fact]) -> str:
@@ -137,6 +141,15 @@ def recalled(base: model.Base, speak: recall.Speaker, facts: Sequence[Fact]) -> 
     return np.array([text == fact.answer for text, fact in zip(generated, facts, strict=True)]), generated
 
 
+def tuned_config(directory: Path, flag: str) -> Config:
+    """The config that `lamini_jax.tune` finished with. Raises UserError, naming the flag, if it has not."""
+    if not (directory / "results.json").is_file() or not (directory / "config.json").is_file():
+        raise UserError(
+            f"--{flag}={directory}: has no finished checkpoint; finish python -m lamini_jax.tune in it first"
+        )
+    return from_config_dict(json.loads((directory / "config.json").read_text())["config"])
+
+
 def load_memory(config: Config, directory: Path) -> Memory:
     """The tuned memory of a finished run."""
     saved = checkpoint.Checkpoints(directory).latest() if directory.is_dir() else None
@@ -153,11 +166,7 @@ def load_memory(config: Config, directory: Path) -> Memory:
 
 def answer_with(base: model.Base, memory: Memory, config: Config) -> recall.Speaker:
     """A speaker that holds the trained rows only."""
-
-    def fetch(ids_BK):
-        return _gather_trained(memory.expert_ids_S, memory.rows_SR, ids_BK)
-
-    return recall.with_memory(base, memory.routing, fetch, config.memory)
+    return recall.with_memory(base, memory.routing, memory.fetch, config.memory)
 
 
 _gather = jax.jit(bank.gather)
