@@ -67,3 +67,21 @@ def routing_throughput(rows: list[dict], path: Path) -> None:
     figure.suptitle(f"top {rows[0]['selected']} of N keys of width {rows[0]['key_width']}, {rows[0]['device']}")
     figure.savefig(path, dpi=120)
     plt.close(figure)
+
+
+def regularization(results: dict, path: Path) -> None:
+    """Held-out accuracy of the backbone and after each run, with 95% intervals."""
+    names = list(results["runs"])
+    accuracies = [results["runs"][name]["accuracy"] for name in names]
+    intervals = [results["runs"][name]["interval"] for name in names]
+    errors = [[a - low for a, (low, _) in zip(accuracies, intervals, strict=True)]]
+    errors.append([high - a for a, (_, high) in zip(accuracies, intervals, strict=True)])
+    colours = ["tab:gray", *(COLOURS[name.split("/")[1]] for name in names[1:])]
+    figure, axis = plt.subplots(figsize=(9, 4.5), layout="constrained")
+    axis.bar(names, accuracies, yerr=errors, color=colours, capsize=4)
+    axis.axhspan(*intervals[0], color="tab:gray", alpha=0.15)
+    axis.set(ylabel="held-out questions answered exactly", ylim=(0, 1.02))
+    axis.set_title(f"{results['questions']} held-out questions before and after memorizing (Table 1)")
+    axis.tick_params(axis="x", labelrotation=20)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
