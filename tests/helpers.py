@@ -147,18 +147,21 @@ def start(module: str, *arguments: object) -> subprocess.Popen:
     """Starts `python -m lamini_jax.MODULE` with these arguments; what it compiles is compiled in a hurry."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": "--xla_backend_optimization_level=0"}
     command = [sys.executable, "-m", f"lamini_jax.{module}", *map(str, arguments)]
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    return subprocess.Popen(command, env=environment, text=True, **pipes)
 
 
-def finish(process: subprocess.Popen) -> subprocess.CompletedProcess:
-    """Waits for its end."""
+def finish(process: subprocess.Popen, stdin: str | bytes = "") -> subprocess.CompletedProcess:
+    """Waits for its end; `stdin` is what it reads, bytes for what is no text."""
+    process.stdin.buffer.write(stdin.encode() if isinstance(stdin, str) else stdin)
+    process.stdin.flush()
     stdout, stderr = process.communicate(timeout=300)
     return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
 
 
-def call(module: str, *arguments: object) -> subprocess.CompletedProcess:
+def call(module: str, *arguments: object, stdin: str | bytes = "") -> subprocess.CompletedProcess:
     """Runs it to its end."""
-    return finish(start(module, *arguments))
+    return finish(start(module, *arguments), stdin)
 
 
 def write_facts(path: Path, facts: list[Fact]) -> Path:
