@@ -144,9 +144,10 @@ def compilations(caplog) -> list[str]:
 
 
 def start(module: str, *arguments: object) -> subprocess.Popen:
-    """Starts `python -m lamini_jax.MODULE` with these arguments; what it compiles is compiled in a hurry."""
+    """Starts a command of the package, or experiments.NAME; what it compiles is compiled in a hurry."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": "--xla_backend_optimization_level=0"}
-    command = [sys.executable, "-m", f"lamini_jax.{module}", *map(str, arguments)]
+    module = module if "." in module else f"lamini_jax.{module}"
+    command = [sys.executable, "-m", module, *map(str, arguments)]
     pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
     return subprocess.Popen(command, env=environment, text=True, **pipes)
 
