@@ -179,9 +179,21 @@ def memory_buckets(
     base: model.Base, examples: Sequence[Examples], expert_ids_FK: np.ndarray, slots_FK: np.ndarray
 ) -> list[Bucket]:
     """The facts with their prefix activations, computed once, and their experts with their slots."""
+    buckets = [_bucket(facts, _read(base, facts.tokens_FT)) for facts in examples]
+    return reselected(buckets, examples, expert_ids_FK, slots_FK)
+
+
+def reselected(
+    buckets: Sequence[Bucket], examples: Sequence[Examples], expert_ids_FK: np.ndarray, slots_FK: np.ndarray
+) -> list[Bucket]:
+    """The same facts with these experts and slots."""
+
+    def put(table_FK, facts):
+        return sharding.put(_padded(table_FK[facts.index_F]), "facts", None)
+
     return [
-        _bucket(facts, _read(base, facts.tokens_FT), expert_ids_FK[facts.index_F], slots_FK[facts.index_F])
-        for facts in examples
+        bucket.replace(expert_ids_FK=put(expert_ids_FK, facts), slots_FK=put(slots_FK, facts))
+        for bucket, facts in zip(buckets, examples, strict=True)
     ]
 
 
@@ -190,8 +202,8 @@ def lora_buckets(examples: Sequence[Examples]) -> list[Bucket]:
     return [_bucket(facts, sharding.put(_padded(facts.tokens_FT), "facts", None)) for facts in examples]
 
 
-def _bucket(facts: Examples, inputs, *selection: np.ndarray) -> Bucket:
-    arrays = facts.start_F, facts.answer_length_F, facts.targets_FA, *selection
+def _bucket(facts: Examples, inputs) -> Bucket:
+    arrays = facts.start_F, facts.answer_length_F, facts.targets_FA
     return Bucket(inputs, *(sharding.put(_padded(x), "facts", *(None,) * (x.ndim - 1)) for x in arrays))
 
 
@@ -224,6 +236,7 @@ class Log:
     certified: list[int] = dataclasses.field(default_factory=list)  # per epoch, facts
     seconds: list[float] = dataclasses.field(default_factory=list)  # per epoch
     full_recall: int | None = None  # the first epoch after which every fact was recalled
+    lost: int = 0  # times that a check found a fact no longer certified: others have trained its experts
     steps: int = 0
     batches: int = 0  # of the epoch under way, and which facts it trains
     active_F: np.ndarray | None = None
@@ -331,7 +344,9 @@ def tune(
         started = time.perf_counter()
         if until_all_hold and log.batches == 0:
             if log.epoch % CHECK_EVERY == 0 or (log.worst_F < threshold).all():
+                held_F = log.worst_F < threshold
                 check(method, params, state, facts, log, batch_size)
+                log.lost += int((held_F & (log.worst_F >= threshold)).sum())
             if (log.worst_F < threshold).all():
                 recalled_F = recalled(state)
                 if recalled_F.all():
