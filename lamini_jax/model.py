@@ -107,11 +107,15 @@ def answer_logits(decoder: Decoder, params, hidden_BTD, start_B, length: int, su
 
 def make_router(config: Config, base: Base, questions: list[str]) -> router.Router:
     """The router for some facts: whitened and trained on their questions and on questions of the generated world."""
+    return router.train(config, calibration_features(config, base, questions))
+
+
+def calibration_features(config: Config, base: Base, questions: list[str]) -> np.ndarray:
+    """features_QD of what a router is trained on: these questions, then those of the generated world."""
     stream = world.training_stream(config.seed)
     calibration = [next(stream).question for _ in range(config.router.calibration)]
     prompts = batches.prompts(questions + calibration, base.tokenizer)
-    features_QD = over(prompts, lambda tokens, lengths: features(base.decoder, base.params, tokens, lengths))
-    return router.train(config, features_QD)
+    return over(prompts, lambda tokens, lengths: features(base.decoder, base.params, tokens, lengths))
 
 
 def select_all(base: Base, routing: router.Router, questions: list[str], num_selected: int) -> np.ndarray:

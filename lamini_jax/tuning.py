@@ -51,6 +51,11 @@ class Bucket:
         """A bucket on the devices that holds the facts at `rows_B`, and where: itself."""
         return self, rows_B
 
+    def selecting(self, expert_ids_FK: np.ndarray, slots_FK: np.ndarray) -> "Bucket":
+        """The same facts with these experts."""
+        put = [sharding.put(_padded(table_FK), "facts", None) for table_FK in (expert_ids_FK, slots_FK)]
+        return self.replace(expert_ids_FK=put[0], slots_FK=put[1])
+
     def axes(self) -> "Bucket":
         """The names of the axes of each array."""
         names = jax.tree.map(lambda x: ("facts",) + (None,) * (x.ndim - 1), self)
@@ -67,6 +72,10 @@ class HostBucket(NamedTuple):
         batch = jax.tree.map(lambda x_F: x_F[rows_B], self.arrays)
         batch = jax.tree.map(lambda x_B, names: sharding.put(x_B, *names), batch, batch.axes())
         return batch, np.where(rows_B >= 0, np.arange(rows_B.size, dtype=np.int32), -1)
+
+    def selecting(self, expert_ids_FK: np.ndarray, slots_FK: np.ndarray) -> "HostBucket":
+        """The same facts with these experts."""
+        return HostBucket(self.arrays.replace(expert_ids_FK=expert_ids_FK, slots_FK=slots_FK))
 
 
 class Losses(NamedTuple):
@@ -207,16 +216,28 @@ def memory_buckets(
     """
     buckets, shards = [], sharding.size("facts") * sharding.size("width")
     for facts in examples:
-        selection = expert_ids_FK[facts.index_F], slots_FK[facts.index_F]
         budget -= 4 * facts.tokens_FT.size * base.decoder.config.width / shards
         if budget >= 0:
-            buckets.append(_bucket(facts, _read(base, facts.tokens_FT), *selection))
+            buckets.append(_bucket(facts, _read(base, facts.tokens_FT)))
             continue
         if jax.process_count() > 1:
             raise UserError("--config.tuning.cache_gb: too little for the facts' activations on these devices")
-        arrays = facts.start_F, facts.answer_length_F, facts.targets_FA, *selection
+        arrays = facts.start_F, facts.answer_length_F, facts.targets_FA
         buckets.append(HostBucket(Bucket(_read_to_host(base, facts.tokens_FT), *arrays)))
-    return buckets
+    return reselected(buckets, examples, expert_ids_FK, slots_FK)
+
+
+def reselected(
+    buckets: Sequence[Bucket | HostBucket],
+    examples: Sequence[Examples],
+    expert_ids_FK: np.ndarray,
+    slots_FK: np.ndarray,
+) -> list[Bucket | HostBucket]:
+    """The same facts with these experts and slots."""
+    return [
+        bucket.selecting(expert_ids_FK[facts.index_F], slots_FK[facts.index_F])
+        for bucket, facts in zip(buckets, examples, strict=True)
+    ]
 
 
 def lora_buckets(examples: Sequence[Examples]) -> list[Bucket]:
@@ -224,8 +245,8 @@ def lora_buckets(examples: Sequence[Examples]) -> list[Bucket]:
     return [_bucket(facts, sharding.put(_padded(facts.tokens_FT), "facts", None)) for facts in examples]
 
 
-def _bucket(facts: Examples, inputs, *selection: np.ndarray) -> Bucket:
-    arrays = facts.start_F, facts.answer_length_F, facts.targets_FA, *selection
+def _bucket(facts: Examples, inputs) -> Bucket:
+    arrays = facts.start_F, facts.answer_length_F, facts.targets_FA
     return Bucket(inputs, *(sharding.put(_padded(x), "facts", *(None,) * (x.ndim - 1)) for x in arrays))
 
 
@@ -267,6 +288,7 @@ class Log:
     certified: list[int] = dataclasses.field(default_factory=list)  # per epoch, facts
     seconds: list[float] = dataclasses.field(default_factory=list)  # per epoch
     full_recall: int | None = None  # the first epoch after which every fact was recalled
+    lost: int = 0  # times that a check found a fact no longer certified: others have trained its experts
     steps: int = 0
     batches: int = 0  # of the epoch under way, and which facts it trains
     active_F: np.ndarray | None = None
@@ -374,7 +396,9 @@ def tune(
         started = time.perf_counter()
         if until_all_hold and log.batches == 0:
             if log.epoch % CHECK_EVERY == 0 or (log.worst_F < threshold).all():
+                held_F = log.worst_F < threshold
                 check(method, params, state, facts, log, batch_size)
+                log.lost += int((held_F & (log.worst_F >= threshold)).sum())
             if (log.worst_F < threshold).all():
                 recalled_F = recalled(state)
                 if recalled_F.all():

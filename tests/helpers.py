@@ -1,15 +1,18 @@
 """What tests share: a backbone with random weights that compiles in seconds, facts, and tuning made ready to step."""
 
 import dataclasses
+import importlib
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from absl import flags
 
 from lamini_jax import backbone, bank, model, router, row_optimizer, tuning
 from lamini_jax.config import BackboneConfig, Config, LoraConfig, MemoryConfig, RouterConfig, TuningConfig
@@ -141,6 +144,15 @@ def compilations(caplog) -> list[str]:
     """The names of what was compiled under `jax.log_compiles()`, in order."""
     messages = [record.getMessage() for record in caplog.records]
     return [message.split()[1] for message in messages if message.startswith("Compiling ")]
+
+
+def experiment(name: str) -> ModuleType:
+    """An experiment as a module, without its flags: two experiments in one process would define the same ones."""
+    known = set(flags.FLAGS)
+    module = importlib.import_module(f"experiments.{name}")
+    for flag in set(flags.FLAGS) - known:
+        delattr(flags.FLAGS, flag)
+    return module
 
 
 def start(module: str, *arguments: object) -> subprocess.Popen:

@@ -264,6 +264,24 @@ def test_facts_that_decoding_denies_are_trained_on(ready):
     assert log.epoch == 4
 
 
+def test_what_a_check_finds_undone_is_counted(ready):
+    """Three facts that each step certifies and each check finds lost; what never was certified cannot be lost."""
+    (examples,) = ready.facts.examples
+
+    def losses(params, state, bucket, rows_B):
+        worst_B = np.where(np.isin(examples.index_F[rows_B], [3, 5, 8]), 5.0, 0.1)
+        return tuning.Losses(worst_B, worst_B, worst_B < 1)
+
+    def step(params, state, bucket, rows_B):
+        return state, tuning.Losses(*(np.full(rows_B.size, value) for value in (0.1, 0.1, True)))
+
+    config = helpers.replace(ready.config, tuning={"epochs": 6})
+    log = tuning.new_log(len(FACTS))
+    hooks = {"recalled": lambda state: np.ones(len(FACTS), bool), "until_all_hold": True}
+    tuning.tune(tuning.Method(step, losses), None, None, ready.facts, log, config, **hooks)
+    assert log.epoch == 6 and log.lost == 3 * 5  # the first check looks at facts that nobody has seen yet
+
+
 def test_a_study_trains_on_all_facts_and_notes_the_first_full_recall(ready):
     config = helpers.replace(ready.config, tuning={"epochs": 30})
     log, steps = tuning.new_log(len(FACTS)), []
