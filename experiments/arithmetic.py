@@ -6,6 +6,7 @@ And what a step of each way to memorize costs, counted in matrix products. Power
 import dataclasses
 import math
 
+from experiments.claims import claim
 from lamini_jax import backbone
 from lamini_jax.config import Config
 from lamini_jax.data.facts import RANDOM_LENGTH
@@ -22,6 +23,8 @@ KG_PER_KWH = 884.2 / 1000 / 2.2046 / (1 - 0.073)
 ANSWER_BITS = RANDOM_LENGTH * math.log2(36)
 # Bits that a parameter was found to hold: arXiv 2404.05405 and 2505.24832.
 BITS_PER_PARAMETER = (2.0, 3.6)
+# A number reproduces within the first of these factors, and in part within the second.
+CLOSE, NEAR = 1.1, 1.5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,24 +120,30 @@ def comparisons() -> list[dict]:
             f"of bfloat16 were used: it would take {1e9 * ANSWER_BITS / 2e9:.1f} bits in each",
         ),
     )
-    return [
-        {
-            "quantity": name,
-            "paper": paper,
-            "ours": value,
-            "ratio": value / paper,
-            "how": how,
-            "verdict": verdict(value / paper),
-            "reason": "" if verdict(value / paper) == "reproduced" else reason,
-        }
-        for name, paper, value, how, reason in rows
-    ]
+    found = []
+    for name, paper, value, how, reason in rows:
+        ratio = value / paper
+        told = f"{number(value)} ({how}), {ratio:.3g} times the paper's"
+        reason = "" if apart(ratio) <= CLOSE else reason
+        verdict = claim(f"{number(paper)} {name}", f"{told}; {reason}" if reason else told, *same(ratio))
+        one = {"quantity": name, "paper": paper, "ours": value, "ratio": ratio, "reason": reason}
+        found.append(one | {"claim": verdict})
+    return found
 
 
-def verdict(ratio: float) -> str:
-    """Reproduced within a tenth, in part within a factor of 1.5."""
-    distance = max(ratio, 1 / ratio)
-    return "reproduced" if distance <= 1.1 else "reproduced in part" if distance <= 1.5 else "not reproduced"
+def apart(ratio: float) -> float:
+    """By what factor, at least 1, two numbers of this ratio differ."""
+    return max(ratio, 1 / ratio)
+
+
+def same(ratio: float) -> tuple[bool, bool]:
+    """Whether a number is the paper's, and whether it is so in part."""
+    return apart(ratio) <= CLOSE, apart(ratio) <= NEAR
+
+
+def number(value: float) -> str:
+    """With thousands separated, or with a power of ten where it is large."""
+    return f"{value:.3g}" if value >= 1e8 else f"{value:,.0f}"
 
 
 def flops_per_fact(config: Config, method: str, tokens: int, answer: int, depth: tuple[int, int] | None = None):

@@ -26,7 +26,8 @@ import tqdm
 from absl import flags
 
 from experiments import arithmetic, figures
-from experiments.arithmetic import Plan
+from experiments.arithmetic import Plan, number
+from experiments.claims import claim
 from lamini_jax import backbone, bank, command, model, row_optimizer, sharding, tuning
 from lamini_jax.config import LLAMA3_8B, Config, large
 from lamini_jax.data import batches
@@ -193,46 +194,26 @@ def beside_llama(given: Plan) -> dict[str, dict[str, float]]:
 
 def claims(compared: list[dict], steps: dict) -> list[dict[str, str]]:
     """What the paper says, what came out, and whether that bears it out."""
-    found = []
-    for one in compared:
-        because = f"; {one['reason']}" if one["reason"] else ""
-        told = f"{number(one['ours'])} ({one['how']}), {one['ratio']:.3g} times the paper's{because}"
-        found.append(
-            {"paper": f"{number(one['paper'])} {one['quantity']}", "measured": told, "verdict": one["verdict"]}
-        )
-    methods = steps["methods"]
-    flops, seconds = steps["flops_over_few"], steps["seconds_over_few"]
-    found.append(
-        {
-            "paper": "The cost of memorizing a fact does not grow with the parameters of the memory (section 7.1)",
-            "measured": f"a step with {steps['num_experts']:,} experts takes {flops:.3f} times the FLOPs and "
-            f"{seconds:.2f} times the time of one with {steps['few_experts']:,}",
-            "verdict": verdict(flops <= 1.01 and seconds <= 1.1, flops <= 1.01),
-        }
+    methods, flops, seconds = steps["methods"], steps["flops_over_few"], steps["seconds_over_few"]
+    costs = (
+        f"{name} {1e3 * row['seconds']:.1f} ms and {row['flops'] / 1e6:.0f} MFLOP" for name, row in methods.items()
     )
-    cheaper = [methods["mome"][key] < methods["lora"][key] for key in ("seconds", "flops")]
-    found.append(
-        {
-            "paper": "Updating only the selected experts, memory tuning makes a step cheaper than LoRA's (section 7)",
-            "measured": ", ".join(
-                f"{name} {1e3 * row['seconds']:.1f} ms and {row['flops'] / 1e6:.0f} MFLOP"
-                for name, row in methods.items()
-            )
-            + " per fact and step",
-            "verdict": verdict(all(cheaper), any(cheaper)),
-        }
-    )
-    return found
-
-
-def verdict(holds: bool, partly: bool) -> str:
-    """In words."""
-    return "reproduced" if holds else "reproduced in part" if partly else "not reproduced"
-
-
-def number(value: float) -> str:
-    """With thousands separated, or with a power of ten where it is large."""
-    return f"{value:.3g}" if value >= 1e8 else f"{value:,.0f}"
+    return [
+        *(one["claim"] for one in compared),
+        claim(
+            "The cost of memorizing a fact does not grow with the parameters of the memory (section 7.1)",
+            f"a step with {steps['num_experts']:,} experts takes {flops:.3f} times the FLOPs and {seconds:.2f} times "
+            f"the time of one with {steps['few_experts']:,}",
+            flops <= 1.01,
+            seconds <= 1.1,
+        ),
+        claim(
+            "Updating only the selected experts, memory tuning makes a step cheaper than LoRA's (section 7)",
+            f"per fact and step {', '.join(costs)}",
+            methods["mome"]["seconds"] < methods["lora"]["seconds"],
+            methods["mome"]["flops"] < methods["lora"]["flops"],
+        ),
+    ]
 
 
 def table(results: dict) -> str:
@@ -241,7 +222,7 @@ def table(results: dict) -> str:
     for one in results["paper"]:
         lines.append(
             f"{one['quantity']:<58}{number(one['paper']):>12}{number(one['ours']):>12}{one['ratio']:>8.3g}  "
-            f"{one['verdict']}"
+            f"{one['claim']['verdict']}"
         )
         lines += [f"    {one['reason']}"] if one["reason"] else []
     need = results["requirements"]

@@ -49,6 +49,74 @@ def randomization(results: dict, path: Path) -> None:
     plt.close(figure)
 
 
+def capacity(results: dict, path: Path) -> None:
+    """Recall against load, bits against trained parameters, and epochs against load."""
+    cells = results["cells"]
+    series = {}
+    for cell in cells:
+        own = cell["num_experts"] == max(other["num_experts"] for other in cells)
+        name = "dense LoRA" if cell["rank"] else f"{cell['target']}, K = {cell['selected']}"
+        series.setdefault(f"{name}, more facts" if own else name, []).append(cell)
+    figure, axes = plt.subplots(1, 3, figsize=(17, 5.5), layout="constrained")
+    for (name, group), marker in zip(series.items(), "os^Dvx*", strict=False):
+        if not group[0]["rank"]:
+            group = sorted(group, key=lambda cell: cell["load"])
+            loads = [cell["load"] for cell in group]
+            axes[0].plot(loads, [100 * cell["recall"] for cell in group], f"{marker}-", mfc="none", label=name)
+            axes[2].plot(loads, [cell["epochs"] for cell in group], f"{marker}-", mfc="none", label=name)
+        else:
+            axes[0].plot([], [])
+            axes[2].plot([], [])
+        trained = [cell["trained_parameters"] for cell in group]
+        axes[1].plot(trained, [cell["bits_per_parameter"] for cell in group], marker, mfc="none", label=name)
+    needed = results["paper_arithmetic"]["needed_bits_per_trained_parameter"]
+    lines = {**results["published_bits_per_parameter"], "1B facts in 2B parameters need": needed}
+    for (name, bits), style in zip(lines.items(), ("k:", "k-.", "r--"), strict=True):
+        axes[1].plot(axes[1].get_xlim(), (bits, bits), style, label=f"{name}: {bits:.3g}")
+    axes[0].set(title="Facts recalled", xlabel="load F*K/N", ylabel="%", xscale="log", ylim=(-3, 103))
+    axes[1].set(xlabel="trained parameters", ylabel="bits recalled per trained parameter", xscale="log", yscale="log")
+    axes[1].set(title="Capacity")
+    axes[2].set(title="Epochs until all facts hold, or the budget", xlabel="load F*K/N", xscale="log", ylim=(0, None))
+    for axis in axes:
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize="small")
+    for axis in (axes[0], axes[2]):
+        axis.axvline(1, color="grey", linewidth=0.8)
+    figure.suptitle("Entries of a phone book, 33.2 random bits each")
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def router_training(results: dict, path: Path) -> None:
+    """Certified facts and loss against epoch, and how the selections spread."""
+    found, memory = results["routers"], results["memory"]
+    figure, axes = plt.subplots(1, 3, figsize=(17, 5.5), layout="constrained")
+    for name, run in found.items():
+        epochs = range(1, run["epochs"] + 1)
+        axes[0].plot(epochs, [100 * share for share in run["certified"]], label=name)
+        axes[1].plot(epochs, run["loss"], label=name)
+    axes[0].set(title="Facts certified, with the experts that they select then", xlabel="epoch", ylabel="%")
+    axes[1].set(title="Loss", xlabel="epoch", ylabel="nats per answer token", yscale="log")
+    places = range(len(found))
+    axes[2].bar(places, [run["experts_used"] for run in found.values()], color="lightgrey", label="experts used")
+    axes[2].axhline(results["facts"]["count"] * memory["selected"], color="grey", ls=":", label="if no two facts share")
+    axes[2].set(title="Selection", ylabel="experts used", xticks=list(places), xticklabels=list(found), yscale="log")
+    overlap = axes[2].twinx()
+    overlap.plot(places, [run["nearest_overlap"] for run in found.values()], "ro", label="overlap with the nearest")
+    overlap.set(ylim=(0, 1.05), ylabel="share of experts in common")
+    for axis in axes:
+        axis.grid(alpha=0.3)
+    axes[0].legend(fontsize="small")
+    bars, points = axes[2].get_legend_handles_labels(), overlap.get_legend_handles_labels()
+    axes[2].legend(bars[0] + points[0], bars[1] + points[1], fontsize="small", loc="lower right")
+    figure.suptitle(
+        f"{results['facts']['count']} facts with random answers, "
+        f"{memory['selected']} of {memory['num_experts']:,} experts each"
+    )
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
 def routing_throughput(rows: list[dict], path: Path) -> None:
     """Queries per second against N, one panel per batch, with the ceiling of the flat lookups."""
     batches = sorted({row["batch"] for row in rows})
@@ -108,7 +176,7 @@ def compute_requirements(results: dict, path: Path) -> None:
     compared = results["paper"]
     places = range(len(compared))
     for place, one in zip(places, compared, strict=True):
-        colour = colours[one["verdict"]]
+        colour = colours[one["claim"]["verdict"]]
         axes[0].plot([1, one["ratio"]], [place, place], "-", color=colour)
         axes[0].plot(one["ratio"], place, "o", color=colour, markersize=9)
         axes[0].annotate(f"{one['ratio']:.3g}", (one["ratio"], place), (8, 6), textcoords="offset points")
@@ -131,4 +199,22 @@ def compute_requirements(results: dict, path: Path) -> None:
         axis.set(title=title)
         axis.margins(y=0.1)
     figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def regularization(results: dict, path: Path) -> None:
+    """Held-out accuracy of the backbone and after each run, with 95% intervals."""
+    names = list(results["runs"])
+    accuracies = [results["runs"][name]["accuracy"] for name in names]
+    intervals = [results["runs"][name]["interval"] for name in names]
+    errors = [[a - low for a, (low, _) in zip(accuracies, intervals, strict=True)]]
+    errors.append([high - a for a, (_, high) in zip(accuracies, intervals, strict=True)])
+    colours = ["tab:gray", *(COLOURS[name.split("/")[1]] for name in names[1:])]
+    figure, axis = plt.subplots(figsize=(9, 4.5), layout="constrained")
+    axis.bar(names, accuracies, yerr=errors, color=colours, capsize=4)
+    axis.axhspan(*intervals[0], color="tab:gray", alpha=0.15)
+    axis.set(ylabel="held-out questions answered exactly", ylim=(0, 1.02))
+    axis.set_title(f"{results['questions']} held-out questions before and after memorizing (Table 1)")
+    axis.tick_params(axis="x", labelrotation=20)
+    figure.savefig(path, dpi=120)
     plt.close(figure)

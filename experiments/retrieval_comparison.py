@@ -32,6 +32,7 @@ import tqdm
 from absl import flags
 
 from experiments import figures, retrieval
+from experiments.claims import claim
 from experiments.retrieval import Reply
 from lamini_jax import bank, command, lora, model, recall, router, runs, sharding
 from lamini_jax.config import Config, DataConfig
@@ -239,44 +240,40 @@ def share(row: dict, outcome: str, kinds: Sequence[str] = SETS) -> float:
 
 def claims(systems: dict[str, dict]) -> list[dict[str, str]]:
     """What the paper says, what came out, and whether that bears it out."""
+    verbatim, asked_otherwise, refusing = systems["mome"]["sets"]["verbatim"], SETS[1:], f"mome{REFUSING}"
     wrong = {name: share(system, "wrong") for name, system in systems.items()}
-    verbatim = systems["mome"]["sets"]["verbatim"]
-    few = verbatim["wrong"] <= 0.01 * verbatim["questions"]
-    model_alone = wrong["lora"]
-    mitigate = [name for name in RETRIEVAL if 0 < wrong[name] < model_alone]
-    percents = ", ".join(f"{name} {100 * wrong[name]:.1f}%" for name in RETRIEVAL)
-    others = SETS[1:]
-    invented = {name: share(system, "wrong", others) for name, system in systems.items()}
-    refusing = f"mome{REFUSING}"
-    fewer = all(invented["mome"] < invented[name] for name in RETRIEVAL)
+    invented = {name: share(system, "wrong", asked_otherwise) for name, system in systems.items()}
+    better = [0 < wrong[name] < wrong["lora"] for name in RETRIEVAL]
+    percents = ", ".join(f"{name} {100 * wrong[name]:.1f}%" for name in ("lora", *RETRIEVAL))
+    others = [invented[name] for name in RETRIEVAL]
     return [
-        {
-            "paper": "Memory experts return the facts that they were tuned on and hallucinate none of them (section 7)",
-            "measured": f"of {verbatim['questions']} questions as they were stored, {verbatim['exact']} are answered "
-            f"exactly, {verbatim['wrong']} wrongly and {verbatim['none']} not at all",
-            "verdict": verdict(verbatim["wrong"] == 0, few),
-        },
-        {
-            "paper": "Information retrieval mitigates hallucination and does not remove it (sections 4 and 10)",
-            "measured": f"over all four kinds of questions LoRA answers {100 * model_alone:.1f}% wrongly, {percents}; "
-            "it holds for those with fewer than LoRA and some",
-            "verdict": verdict(len(mitigate) == len(RETRIEVAL), bool(mitigate)),
-        },
-        {
-            "paper": "Memory experts remove hallucination where information retrieval does not (sections 4, 7 and 10)",
-            "measured": f"asked with typos, in other words or about unknown names, memory experts answer "
+        # In part if at most one of a hundred is wrong.
+        claim(
+            "Memory experts return the facts that they were tuned on and hallucinate none of them (section 7)",
+            f"of {verbatim['questions']} questions as they were stored, {verbatim['exact']} are answered exactly, "
+            f"{verbatim['wrong']} wrongly and {verbatim['none']} not at all",
+            verbatim["wrong"] == 0,
+            verbatim["wrong"] <= 0.01 * verbatim["questions"],
+        ),
+        # Of a retrieval system it holds that gives fewer wrong answers than the model without retrieval, and some.
+        claim(
+            "Information retrieval mitigates hallucination and does not remove it (sections 4 and 10)",
+            f"wrong answers over all four kinds of questions: {percents}; {sum(better)} of {len(better)} retrieval "
+            "systems give some and fewer than LoRA",
+            *better,
+        ),
+        # In part if memory experts give fewer wrong answers than any retrieval system.
+        claim(
+            "Memory experts remove hallucination where information retrieval does not (sections 4, 7 and 10)",
+            f"asked with typos, in other words or about unknown names, memory experts answer "
             f"{100 * invented['mome']:.1f}% wrongly ({100 * share(systems['mome'], 'wrong', ['unknown']):.1f}% of the "
-            f"unknown names), with refusal {100 * invented[refusing]:.1f}%, the retrieval systems "
-            f"{100 * min(invented[name] for name in RETRIEVAL):.1f}% to "
-            f"{100 * max(invented[name] for name in RETRIEVAL):.1f}%",
-            "verdict": verdict(invented["mome"] == 0, fewer),
-        },
+            f"unknown names), with refusal {100 * invented[refusing]:.1f}% and then exactly "
+            f"{100 * share(systems[refusing], 'exact', ['typos', 'rephrased']):.1f}% of typos and other words; "
+            f"retrieval systems answer {100 * min(others):.1f}% to {100 * max(others):.1f}% wrongly",
+            invented["mome"] == 0,
+            invented["mome"] < min(others),
+        ),
     ]
-
-
-def verdict(holds: bool, partly: bool) -> str:
-    """In words."""
-    return "reproduced" if holds else "reproduced in part" if partly else "not reproduced"
 
 
 def table(results: dict) -> str:
@@ -294,7 +291,7 @@ def table(results: dict) -> str:
         f"{lora_run['certified']} certified; memory experts {memory['epochs']} epochs in "
         f"{memory['tuning_seconds']:.0f} s, {memory['certified']} certified, {memory['experts_used']:,} experts used"
     )
-    lines += [f"{claim['verdict']}: {claim['paper']}\n    {claim['measured']}" for claim in results["claims"]]
+    lines += [f"{one['verdict']}: {one['paper']}\n    {one['measured']}" for one in results["claims"]]
     return "\n".join(lines)
 
 

@@ -87,7 +87,8 @@ def tune_memory(
         return recall.with_memory(base, routing, lambda ids_BK: _gather(rows_NR, ids_BK), config.memory)
 
     examples = batches.encode(facts, base.tokenizer)
-    prepared = tuning.Facts(examples, tuning.memory_buckets(base, examples, expert_ids_FK, slots_FK))
+    budget = 1e9 * config.tuning.cache_gb
+    prepared = tuning.Facts(examples, tuning.memory_buckets(base, examples, expert_ids_FK, slots_FK, budget))
     touched = row_optimizer.most_touched(slots_FK, expert_ids_S.size, config.tuning.batch_size)
     method = tuning.memory_method(base.decoder, shape, config.memory.target, tx, touched)
     extra = {"keys": memory.key_checksum(routing), "backbone": base.fingerprint}

@@ -1,9 +1,6 @@
 """The arithmetic of what training takes agrees with the programs that train, and with itself."""
 
 import dataclasses
-import os
-import subprocess
-import sys
 
 import helpers
 import jax
@@ -64,17 +61,18 @@ def test_requirements():
 
 
 def test_verdicts_follow_from_the_ratios():
-    assert [arithmetic.verdict(ratio) for ratio in (1, 1.09, 0.92)] == ["reproduced"] * 3
-    assert [arithmetic.verdict(ratio) for ratio in (1.2, 0.75)] == ["reproduced in part"] * 2
-    assert [arithmetic.verdict(ratio) for ratio in (1.6, 0.5, 560)] == ["not reproduced"] * 3
+    assert [arithmetic.same(ratio) for ratio in (1, 1.09, 0.92)] == [(True, True)] * 3
+    assert [arithmetic.same(ratio) for ratio in (1.2, 0.75)] == [(False, True)] * 2
+    assert [arithmetic.same(ratio) for ratio in (1.6, 0.5, 560)] == [(False, False)] * 3
     for one in arithmetic.comparisons():
         assert one["ratio"] == one["ours"] / one["paper"]
-        assert bool(one["reason"]) == (one["verdict"] != "reproduced"), one
+        assert bool(one["reason"]) == (one["claim"]["verdict"] != "reproduced"), one
+        assert one["reason"] in one["claim"]["measured"]
 
 
 @pytest.mark.parametrize(
     "flops, seconds, expected",
-    [(1.0, 1.0, "reproduced"), (1.0, 1.4, "reproduced in part"), (2.0, 1.0, "not reproduced")],
+    [(1.0, 1.0, "reproduced"), (1.0, 1.4, "reproduced in part"), (2.0, 1.4, "not reproduced")],
 )
 def test_claims_follow_from_the_steps(flops, seconds, expected):
     cheap, dear = {"seconds": 0.001, "flops": 1e6}, {"seconds": 0.002, "flops": 2e6}
@@ -91,12 +89,9 @@ def test_bad_input(tmp_path):
         "--epochs=0": "--epochs=0: must be positive",
         "--config.tuning.batch_size=1000": "--config.tuning.batch_size=1000: too many facts",
     }
-    environment = {**os.environ, "PYTHONPATH": str(helpers.ROOT)}
-    running = {}
-    for flag in cases:
-        command = [sys.executable, "-m", "experiments.compute_requirements", f"--workdir={tmp_path / 'run'}", flag]
-        running[flag] = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+    workdir = f"--workdir={tmp_path / 'run'}"
+    running = {flag: helpers.start("experiments.compute_requirements", workdir, flag) for flag in cases}
     for flag, process in running.items():
-        _, stderr = process.communicate(timeout=300)
-        assert process.returncode == 2 and stderr.count("\n") == 1 and cases[flag] in stderr, stderr
+        result = helpers.finish(process)
+        assert result.returncode == 2 and result.stderr.count("\n") == 1 and cases[flag] in result.stderr, result
     assert not (tmp_path / "run").exists()

@@ -219,17 +219,17 @@ def test_bad_files_are_named(name, tmp_path):
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads memory from /proc")
 def test_import_holds_little_beside_the_parameters(tmp_path):
-    """Never the files and the parameters together, nor two copies of a stack of layers: two tensors at most."""
-    sizes = {"num_hidden_layers": 8, "num_attention_heads": 2, "head_dim": 32, "tie_word_embeddings": True}
-    small = checkpoints.make(tmp_path / "small", "llama", shards=4, tokenizer=False, **sizes)
-    sizes |= {"hidden_size": 512, "intermediate_size": 2560, "vocab_size": 10_240}
-    large = checkpoints.make(tmp_path / "large", "llama", shards=4, tokenizer=False, **sizes)
+    """Two tensors at most: as the file has it and turned over; never a file, nor a stack of layers twice."""
+    sizes = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 3, "head_dim": 32}
+    directory = checkpoints.make(
+        tmp_path / "checkpoint", "llama", shards=4, tokenizer=False, tie_word_embeddings=True, **sizes
+    )
     # What malloc keeps of freed memory is not the import's: let it keep nothing.
     environment = {**os.environ, "PYTHONPATH": str(helpers.ROOT), "MALLOC_MMAP_THRESHOLD_": "65536"}
-    command = [sys.executable, str(Path(__file__).with_name("import_memory.py")), str(small), str(large)]
+    command = [sys.executable, str(Path(__file__).with_name("import_memory.py")), str(directory)]
     output = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=True).stdout
     found = json.loads(output)
-    largest = 10_240 * 512 * 4
-    assert 7 * largest < found["params"] < 8 * largest
-    # The slack: programs compiled for these shapes, and headers and index of the files.
-    assert found["peak"] - found["before"] - found["params"] <= 2 * largest + 8 * 2**20, found
+    largest = 1024 * 4096 * 4
+    assert found["params"] > 9 * largest
+    # The slack, a quarter of a tensor, is for small objects: headers, norms, what the interpreter allocates.
+    assert found["peak"] - found["before"] - found["params"] <= 2.25 * largest, found

@@ -1,9 +1,6 @@
 """The comparison with retrieval asks what it says, refuses where that earns most, and judges by what was answered."""
 
 import json
-import os
-import subprocess
-import sys
 
 import helpers
 import numpy as np
@@ -173,13 +170,7 @@ def test_a_killed_run_goes_on(tmp_path):
         rest = {"latency_seconds": 0.1, "bytes_per_fact": 10.0, "seconds": 1.0}
         (tmp_path / f"replies_{name}.json").write_text(json.dumps(replies | training | rest))
     flags = (f"--workdir={tmp_path}", "--facts=4", "--config.memory.num_experts=4096", "--config.router.calibration=64")
-    environment = {**os.environ, "PYTHONPATH": str(helpers.ROOT), "XLA_FLAGS": "--xla_backend_optimization_level=0"}
-    result = subprocess.run(
-        [sys.executable, "-m", "experiments.retrieval_comparison", *flags],
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
+    result = helpers.call("experiments.retrieval_comparison", *flags)
     assert result.returncode == 0, result.stderr
     found = json.loads((tmp_path / "results.json").read_text())
     assert not (tmp_path / "lora").exists() and (tmp_path / "figures.png").stat().st_size > 10_000
