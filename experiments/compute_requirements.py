@@ -15,7 +15,7 @@ import functools
 import math
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -56,9 +56,9 @@ LARGE_FACT = 128, 48  # tokens of a fact beside Llama 3 8B, and of its answer
 BILLION = 1e9
 
 
-def plan() -> Plan:
-    """The calculator's input. Raises UserError for what is not positive."""
-    given = {name: flag.value for name, flag in _GIVEN.items() if flag.value is not None}
+def plan(given: Mapping[str, float | None]) -> Plan:
+    """The paper's plan with what is given instead. Raises UserError, with the flag, for what is not positive."""
+    given = {name: value for name, value in given.items() if value is not None}
     for name, value in given.items():
         if not 0 < value < math.inf or (name == "mfu" and value > 1):
             raise UserError(f"--{name}={value:g}: must be positive{' and at most 1' if name == 'mfu' else ''}")
@@ -255,7 +255,7 @@ def table(results: dict) -> str:
 
 
 def main() -> None:
-    given = plan()
+    given = plan({name: flag.value for name, flag in _GIVEN.items()})
     config = model.configure(_CONFIG.value)
     experts = min(FEW_EXPERTS, config.memory.num_experts)
     if config.tuning.batch_size * config.memory.selected > experts:

@@ -1,16 +1,20 @@
 """The arithmetic of what training takes agrees with the programs that train, and with itself."""
 
 import dataclasses
+import math
 
 import helpers
 import jax
 import pytest
 
-from experiments import arithmetic, compute_requirements
+from experiments import arithmetic
 from experiments.arithmetic import Plan
 from lamini_jax import lora
 from lamini_jax.config import LLAMA3_8B, large
 from lamini_jax.data import batches
+from lamini_jax.errors import UserError
+
+compute_requirements = helpers.experiment("compute_requirements")
 
 
 @pytest.fixture(scope="module")
@@ -56,6 +60,7 @@ def test_requirements():
     one = arithmetic.requirements(dataclasses.replace(plan, epochs=1))
     for name in ("flops", "days", "gigawatt_hours", "dollars", "tonnes_of_co2", "homes"):
         assert one[name] == pytest.approx(need[name] / 100), name
+    assert need["gigawatt_hours"] == pytest.approx(350 * 24 * need["days"] / 1000)
     assert need["dollars"] == pytest.approx(need["gigawatt_hours"] * 1e6 * 0.09)
     assert need["tonnes_of_co2"] / need["homes"] == pytest.approx(5.14, rel=0.001)  # the EPA's figure for a home
 
@@ -83,15 +88,17 @@ def test_claims_follow_from_the_steps(flops, seconds, expected):
     assert compute_requirements.claims([], steps)[1]["verdict"] == "not reproduced"
 
 
+def test_a_plan_of_ones_own():
+    mine = compute_requirements.plan({"parameters": 8e9, "tokens": None, "epochs": 1.0})
+    assert (mine.parameters, mine.tokens, mine.epochs, mine.mfu) == (8e9, 160e9, 1.0, Plan().mfu)
+    assert compute_requirements.plan({"parameters": 8e9, "tokens": 15e12}).tokens == 15e12
+    for name, value, told in (("mfu", 1.5, "at most 1"), ("epochs", 0.0, "positive"), ("days", math.nan, "positive")):
+        with pytest.raises(UserError, match=f"--{name}={value:g}: must be .*{told}"):
+            compute_requirements.plan({name: value})
+
+
 def test_bad_input(tmp_path):
-    cases = {
-        "--mfu=1.5": "--mfu=1.5: must be positive and at most 1",
-        "--epochs=0": "--epochs=0: must be positive",
-        "--config.tuning.batch_size=1000": "--config.tuning.batch_size=1000: too many facts",
-    }
-    workdir = f"--workdir={tmp_path / 'run'}"
-    running = {flag: helpers.start("experiments.compute_requirements", workdir, flag) for flag in cases}
-    for flag, process in running.items():
-        result = helpers.finish(process)
-        assert result.returncode == 2 and result.stderr.count("\n") == 1 and cases[flag] in result.stderr, result
-    assert not (tmp_path / "run").exists()
+    flags = f"--workdir={tmp_path / 'run'}", "--config.tuning.batch_size=1000"
+    result = helpers.call("experiments.compute_requirements", *flags)
+    assert result.returncode == 2 and result.stderr.count("\n") == 1, result.stderr
+    assert "--config.tuning.batch_size=1000: too many facts" in result.stderr and not (tmp_path / "run").exists()

@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 
 from experiments import retrieval
-from experiments import retrieval_comparison as comparison
 from experiments.retrieval import Reply
 from lamini_jax import command, model, recall
 from lamini_jax.data import builders
 from lamini_jax.data.facts import Fact, fact_id
 from lamini_jax.errors import UserError
 
+comparison = helpers.experiment("retrieval_comparison")
 FACTS = [Fact(fact_id(question), question, answer) for question, answer in builders.phone_entries(60, 0)]
 TEXTS = [fact.question for fact in FACTS]
 
@@ -75,6 +75,14 @@ def test_questions():
         assert 1 <= distance(fact.question, typo) <= 4  # two swaps are four of its steps
         assert fact.question.removeprefix("What is the phone number of ")[:-1] in rephrased
     assert {answer for _, answer in test["unknown"]} == {None}
+
+
+def test_an_edit_makes_a_new_question():
+    rng = np.random.default_rng(0)
+    taken = {"code", "ode", "cde", "coe", "ocde", "cdoe", "coed"}  # with one letter left out or two swapped
+    found = [comparison.edited("code", rng, taken) for _ in range(200)]
+    assert not taken & set(found) and len(set(found)) > 100
+    assert all(distance("code", text) <= 4 for text in found)
 
 
 def test_threshold_earns_most():
