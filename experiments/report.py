@@ -1,5 +1,6 @@
 """Every experiment, and a page that says of each of the paper's claims whether it was reproduced.
 
+    pip install -e .[report]
     python -m experiments.report --workdir=runs/report [--only=capacity,loss_threshold] [--config=FILE]
 
 runs each experiment in a directory of its own below --workdir and skips those that have finished; one that fails is
@@ -76,10 +77,8 @@ def run(name: str, directory: Path, overrides: list[str], title: str) -> dict:
 
 def page(parts: list[dict], directory: Path) -> tuple[str, str]:
     """The page as HTML, with its figures inside, and as Markdown."""
-    try:
-        import jinja2
-    except ImportError:
-        raise UserError("the page needs jinja2: pip install -e .[report]") from None
+    import jinja2  # here, so that `main` can say what to install
+
     for part in parts:
         part["about"] = importlib.import_module(f"experiments.{part['name']}").__doc__.splitlines()[0]
         figure = directory / part["name"] / "figures.png"
@@ -103,12 +102,16 @@ def main() -> None:
     unknown = [name for name in _ONLY.value if name not in EXPERIMENTS]
     if unknown:
         raise UserError(f"--only={unknown[0]}: no such experiment; there are {', '.join(EXPERIMENTS)}")
+    command.require("report", "jinja2")
     overrides = [argument for argument in sys.argv[1:] if re.match(r"--?(no)?config[.=]", argument)]
     directory = command.open_workdir(_WORKDIR.value, {"overrides": overrides})
     names = [name for name in EXPERIMENTS if not _ONLY.value or name in _ONLY.value]
     parts = []
     for number, name in enumerate(names, 1):
-        parts.append(run(name, directory / name, overrides, f"experiment {number} of {len(names)}, {name}"))
+        arguments = list(overrides)
+        if name == "regularization_test":  # the same six runs
+            arguments.append(f"--study={directory / 'randomization_test'}")
+        parts.append(run(name, directory / name, arguments, f"experiment {number} of {len(names)}, {name}"))
         html, markdown = page(parts, directory)
         command.write_text(directory / "report.html", html)
         command.write_text(directory / "report.md", markdown)
