@@ -49,6 +49,74 @@ def randomization(results: dict, path: Path) -> None:
     plt.close(figure)
 
 
+def capacity(results: dict, path: Path) -> None:
+    """Recall against load, bits against trained parameters, and epochs against load."""
+    cells = results["cells"]
+    series = {}
+    for cell in cells:
+        own = cell["num_experts"] == max(other["num_experts"] for other in cells)
+        name = "dense LoRA" if cell["rank"] else f"{cell['target']}, K = {cell['selected']}"
+        series.setdefault(f"{name}, more facts" if own else name, []).append(cell)
+    figure, axes = plt.subplots(1, 3, figsize=(17, 5.5), layout="constrained")
+    for (name, group), marker in zip(series.items(), "os^Dvx*", strict=False):
+        if not group[0]["rank"]:
+            group = sorted(group, key=lambda cell: cell["load"])
+            loads = [cell["load"] for cell in group]
+            axes[0].plot(loads, [100 * cell["recall"] for cell in group], f"{marker}-", mfc="none", label=name)
+            axes[2].plot(loads, [cell["epochs"] for cell in group], f"{marker}-", mfc="none", label=name)
+        else:
+            axes[0].plot([], [])
+            axes[2].plot([], [])
+        trained = [cell["trained_parameters"] for cell in group]
+        axes[1].plot(trained, [cell["bits_per_parameter"] for cell in group], marker, mfc="none", label=name)
+    needed = results["paper_arithmetic"]["needed_bits_per_trained_parameter"]
+    lines = {**results["published_bits_per_parameter"], "1B facts in 2B parameters need": needed}
+    for (name, bits), style in zip(lines.items(), ("k:", "k-.", "r--"), strict=True):
+        axes[1].plot(axes[1].get_xlim(), (bits, bits), style, label=f"{name}: {bits:.3g}")
+    axes[0].set(title="Facts recalled", xlabel="load F*K/N", ylabel="%", xscale="log", ylim=(-3, 103))
+    axes[1].set(xlabel="trained parameters", ylabel="bits recalled per trained parameter", xscale="log", yscale="log")
+    axes[1].set(title="Capacity")
+    axes[2].set(title="Epochs until all facts hold, or the budget", xlabel="load F*K/N", xscale="log", ylim=(0, None))
+    for axis in axes:
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize="small")
+    for axis in (axes[0], axes[2]):
+        axis.axvline(1, color="grey", linewidth=0.8)
+    figure.suptitle("Entries of a phone book, 33.2 random bits each")
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def router_training(results: dict, path: Path) -> None:
+    """Certified facts and loss against epoch, and how the selections spread."""
+    found, memory = results["routers"], results["memory"]
+    figure, axes = plt.subplots(1, 3, figsize=(17, 5.5), layout="constrained")
+    for name, run in found.items():
+        epochs = range(1, run["epochs"] + 1)
+        axes[0].plot(epochs, [100 * share for share in run["certified"]], label=name)
+        axes[1].plot(epochs, run["loss"], label=name)
+    axes[0].set(title="Facts certified, with the experts that they select then", xlabel="epoch", ylabel="%")
+    axes[1].set(title="Loss", xlabel="epoch", ylabel="nats per answer token", yscale="log")
+    places = range(len(found))
+    axes[2].bar(places, [run["experts_used"] for run in found.values()], color="lightgrey", label="experts used")
+    axes[2].axhline(results["facts"]["count"] * memory["selected"], color="grey", ls=":", label="if no two facts share")
+    axes[2].set(title="Selection", ylabel="experts used", xticks=list(places), xticklabels=list(found), yscale="log")
+    overlap = axes[2].twinx()
+    overlap.plot(places, [run["nearest_overlap"] for run in found.values()], "ro", label="overlap with the nearest")
+    overlap.set(ylim=(0, 1.05), ylabel="share of experts in common")
+    for axis in axes:
+        axis.grid(alpha=0.3)
+    axes[0].legend(fontsize="small")
+    bars, points = axes[2].get_legend_handles_labels(), overlap.get_legend_handles_labels()
+    axes[2].legend(bars[0] + points[0], bars[1] + points[1], fontsize="small", loc="lower right")
+    figure.suptitle(
+        f"{results['facts']['count']} facts with random answers, "
+        f"{memory['selected']} of {memory['num_experts']:,} experts each"
+    )
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
 def routing_throughput(rows: list[dict], path: Path) -> None:
     """Queries per second against N, one panel per batch, with the ceiling of the flat lookups."""
     batches = sorted({row["batch"] for row in rows})
@@ -65,5 +133,88 @@ def routing_throughput(rows: list[dict], path: Path) -> None:
         axis.grid(alpha=0.3)
     axes[0][0].legend(fontsize="small")
     figure.suptitle(f"top {rows[0]['selected']} of N keys of width {rows[0]['key_width']}, {rows[0]['device']}")
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def retrieval_comparison(results: dict, path: Path) -> None:
+    """What becomes of the questions of each kind, system by system; then time per question and bytes per fact."""
+    systems = results["systems"]
+    names, kinds = list(systems), list(results["examples"])
+    places = range(len(names))
+    figure, axes = plt.subplots(2, 3, figsize=(15, 8.5), sharey=True, layout="constrained")
+    for axis, kind in zip(axes[:, :2].flat, kinds, strict=True):
+        left = [0.0] * len(names)
+        for outcome, colour in (("exact", "tab:green"), ("none", "lightgrey"), ("wrong", "tab:red")):
+            counts = [systems[name]["sets"][kind] for name in names]
+            shares = [100 * count[outcome] / count["questions"] for count in counts]
+            label = {"none": "no answer"}.get(outcome, outcome)
+            axis.barh(places, shares, left=left, color=colour, label=label)
+            left = [start + width for start, width in zip(left, shares, strict=True)]
+        axis.set(title=f"{kind}: {results['examples'][kind]}", xlabel="% of questions", xlim=(0, 100))
+        axis.title.set_fontsize("medium")
+    for axis, key, factor, title in (
+        (axes[0][2], "latency_seconds", 1e3, "milliseconds per question"),
+        (axes[1][2], "bytes_per_fact", 1, "bytes per fact"),
+    ):
+        bars = axis.barh(places, [factor * systems[name][key] for name in names], color="tab:blue")
+        axis.bar_label(bars, fmt=lambda value: f"{value:,.3g}" if value < 100 else f"{value:,.0f}", padding=3)
+        axis.set(title=title, xscale="log")
+        axis.margins(x=0.25)
+    axes[0][0].set_yticks(places, names)
+    axes[0][0].invert_yaxis()
+    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    figure.suptitle(f"{results['facts']} entries of a phone book, stored and tuned")
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def compute_requirements(results: dict, path: Path) -> None:
+    """The paper's numbers against ours; then what a fact costs in a step, here and beside Llama 3 8B."""
+    colours = {"reproduced": "tab:green", "reproduced in part": "tab:orange", "not reproduced": "tab:red"}
+    figure, axes = plt.subplots(1, 3, figsize=(17, 5), width_ratios=(2, 1, 1), layout="constrained")
+    compared = results["paper"]
+    places = range(len(compared))
+    for place, one in zip(places, compared, strict=True):
+        colour = colours[one["claim"]["verdict"]]
+        axes[0].plot([1, one["ratio"]], [place, place], "-", color=colour)
+        axes[0].plot(one["ratio"], place, "o", color=colour, markersize=9)
+        axes[0].annotate(f"{one['ratio']:.3g}", (one["ratio"], place), (8, 6), textcoords="offset points")
+    axes[0].axvline(1, color="black", linewidth=1)
+    axes[0].set_yticks(places, [one["quantity"].partition(" (")[0] for one in compared])
+    axes[0].set(title="the paper's numbers: ours over theirs", xscale="log")
+    axes[0].margins(x=0.25)
+    axes[0].invert_yaxis()
+    for verdict, colour in colours.items():
+        axes[0].plot([], [], "o", color=colour, label=verdict)
+    axes[0].legend(loc="lower right", fontsize="small")
+    steps, llama = results["steps"]["methods"], results["llama3_8b"]
+    names = list(steps)
+    for axis, values, title in (
+        (axes[1], [1e3 * steps[name]["seconds"] for name in names], "ms per fact and step, measured"),
+        (axes[2], [llama[name]["flops"] / 1e12 for name in names], "TFLOP per fact, Llama 3 8B"),
+    ):
+        bars = axis.bar(names, values, color="tab:blue")
+        axis.bar_label(bars, [f"{value:,.3g}" for value in values])
+        axis.set(title=title)
+        axis.margins(y=0.1)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def regularization(results: dict, path: Path) -> None:
+    """Held-out accuracy of the backbone and after each run, with 95% intervals."""
+    names = list(results["runs"])
+    accuracies = [results["runs"][name]["accuracy"] for name in names]
+    intervals = [results["runs"][name]["interval"] for name in names]
+    errors = [[a - low for a, (low, _) in zip(accuracies, intervals, strict=True)]]
+    errors.append([high - a for a, (_, high) in zip(accuracies, intervals, strict=True)])
+    colours = ["tab:gray", *(COLOURS[name.split("/")[1]] for name in names[1:])]
+    figure, axis = plt.subplots(figsize=(9, 4.5), layout="constrained")
+    axis.bar(names, accuracies, yerr=errors, color=colours, capsize=4)
+    axis.axhspan(*intervals[0], color="tab:gray", alpha=0.15)
+    axis.set(ylabel="held-out questions answered exactly", ylim=(0, 1.02))
+    axis.set_title(f"{results['questions']} held-out questions before and after memorizing (Table 1)")
+    axis.tick_params(axis="x", labelrotation=20)
     figure.savefig(path, dpi=120)
     plt.close(figure)

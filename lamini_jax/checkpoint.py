@@ -43,7 +43,7 @@ _SECONDS = 15.0
 
 # The fields of tuning.Log: arrays go to Orbax as such, the rest as JSON.
 _PER_FACT = ("total_F", "worst_F", "likeliest_F", "active_F")
-_HISTORY = ("loss", "certified", "seconds", "full_recall", "steps", "batches")
+_HISTORY = ("loss", "certified", "seconds", "full_recall", "lost", "steps", "batches")
 
 
 class Saved(NamedTuple):
@@ -107,7 +107,7 @@ class Checkpoints:
             reason = str(error).splitlines()[0]
             raise UserError(f"{self._directory / str(step)}: cannot be read ({reason}); remove it") from error
         tree, history = restored["tree"], dict(restored["history"])
-        log = tuning.Log(**tree["log"], **{name: history.pop(name) for name in _HISTORY})
+        log = tuning.Log(**tree["log"], **{name: history.pop(name) for name in _HISTORY if name in history})
         return Saved(tree["tables"], tree["arrays"], log, history)
 
     def close(self) -> None:

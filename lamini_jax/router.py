@@ -6,7 +6,9 @@ would share almost all their experts. For product keys, a query is two queries, 
 """
 
 import functools
+import itertools
 import math
+from collections.abc import Iterator
 
 import flax
 import jax
@@ -106,17 +108,19 @@ def whitening(features_QD: np.ndarray, ridge: float) -> tuple[np.ndarray, np.nda
     return mean_D.astype(np.float32), (axes_DD * scale_D @ axes_DD.T).astype(np.float32)
 
 
-def train(config: Config, features_QD: np.ndarray) -> Router:
-    """Whitens, then trains the projection for one epoch over the calibration questions, then freezes (section 7.1).
+def projections(config: Config, features_QD: np.ndarray, whiten: bool = True) -> Iterator[tuple]:
+    """mean_D and transform_DC before any training, then after each epoch of it over the calibration questions.
 
     The paper trains its cross attention on the language model's loss. Here experts start at exactly zero, so that this
     loss has no gradient with respect to the selection; queries are trained for what a selection is for, to keep
     questions apart: the objective is the uniformity of arXiv 2005.10242.
     """
     c: RouterConfig = config.router
+    width = features_QD.shape[1]
     projection_key = jax.random.fold_in(jax.random.key(config.seed), 1)
-    mean_D, white_DD = whitening(features_QD, c.ridge)
-    projection_DC = jax.random.normal(projection_key, (mean_D.size, c.key_width)) * mean_D.size**-0.5
+    raw = np.zeros(width, np.float32), np.eye(width, dtype=np.float32)
+    mean_D, white_DD = whitening(features_QD, c.ridge) if whiten else raw
+    projection_DC = jax.random.normal(projection_key, (width, c.key_width)) * width**-0.5
     batch = min(_BATCH, len(features_QD))
     tx = optax.adam(c.learning_rate)
 
@@ -131,11 +135,18 @@ def train(config: Config, features_QD: np.ndarray) -> Router:
         updates, state = tx.update(jax.grad(loss)(projection_DC, feature_BD), state)
         return optax.apply_updates(projection_DC, updates), state
 
-    state = tx.init(projection_DC)
-    order = np.random.default_rng((config.seed, 1)).permutation(len(features_QD))
-    for start in range(0, len(order) - batch + 1, batch):
-        projection_DC, state = step(projection_DC, state, features_QD[order[start : start + batch]])
-    return make(config, mean_D, white_DD @ projection_DC)
+    state, rng = tx.init(projection_DC), np.random.default_rng((config.seed, 1))
+    while True:
+        yield mean_D, white_DD @ projection_DC
+        order = rng.permutation(len(features_QD))
+        for start in range(0, len(order) - batch + 1, batch):
+            projection_DC, state = step(projection_DC, state, features_QD[order[start : start + batch]])
+
+
+def train(config: Config, features_QD: np.ndarray) -> Router:
+    """Whitens, then trains the projection for one epoch, then freezes (section 7.1)."""
+    _, trained = itertools.islice(projections(config, features_QD), 2)
+    return make(config, *trained)
 
 
 def spread(expert_ids_FK: np.ndarray, num_experts: int) -> dict[str, float]:

@@ -6,6 +6,7 @@ F is the facts of a bucket, B those of a batch, U the distinct experts of a batc
 import dataclasses
 import functools
 import itertools
+import math
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -20,6 +21,7 @@ from lamini_jax import backbone, bank, lora, model, row_optimizer, sharding
 from lamini_jax.config import CERTIFIED_LOSS, CERTIFIED_LOSS_BFLOAT16, Config, TuningConfig
 from lamini_jax.data import batches
 from lamini_jax.data.batches import Examples
+from lamini_jax.errors import UserError
 
 # Epochs between two checks of the facts that tuning spares: they share experts with those that it still trains.
 CHECK_EVERY = 5
@@ -45,10 +47,35 @@ class Bucket:
         slots_BK = jnp.where(valid_B[:, None], taken.slots_FK, row_optimizer.NONE)
         return taken.replace(slots_FK=slots_BK)
 
+    def batch(self, rows_B: np.ndarray) -> tuple["Bucket", np.ndarray]:
+        """A bucket on the devices that holds the facts at `rows_B`, and where: itself."""
+        return self, rows_B
+
+    def selecting(self, expert_ids_FK: np.ndarray, slots_FK: np.ndarray) -> "Bucket":
+        """The same facts with these experts."""
+        put = [sharding.put(_padded(table_FK), "facts", None) for table_FK in (expert_ids_FK, slots_FK)]
+        return self.replace(expert_ids_FK=put[0], slots_FK=put[1])
+
     def axes(self) -> "Bucket":
         """The names of the axes of each array."""
         names = jax.tree.map(lambda x: ("facts",) + (None,) * (x.ndim - 1), self)
         return names.replace(inputs=sharding.fit(("facts", None, "width")[: self.inputs.ndim], self.inputs.shape))
+
+
+class HostBucket(NamedTuple):
+    """Facts of one length in the host's memory; each batch goes to the devices when it is stepped on."""
+
+    arrays: Bucket
+
+    def batch(self, rows_B: np.ndarray) -> tuple[Bucket, np.ndarray]:
+        """A bucket on the devices that holds the facts at `rows_B`, and where."""
+        batch = jax.tree.map(lambda x_F: x_F[rows_B], self.arrays)
+        batch = jax.tree.map(lambda x_B, names: sharding.put(x_B, *names), batch, batch.axes())
+        return batch, np.where(rows_B >= 0, np.arange(rows_B.size, dtype=np.int32), -1)
+
+    def selecting(self, expert_ids_FK: np.ndarray, slots_FK: np.ndarray) -> "HostBucket":
+        """The same facts with these experts."""
+        return HostBucket(self.arrays.replace(expert_ids_FK=expert_ids_FK, slots_FK=slots_FK))
 
 
 class Losses(NamedTuple):
@@ -176,12 +203,40 @@ def _reduce(losses_BA, likeliest_BA, batch: Bucket) -> tuple[Losses, jax.Array]:
 
 
 def memory_buckets(
-    base: model.Base, examples: Sequence[Examples], expert_ids_FK: np.ndarray, slots_FK: np.ndarray
-) -> list[Bucket]:
-    """The facts with their prefix activations, computed once, and their experts with their slots."""
+    base: model.Base,
+    examples: Sequence[Examples],
+    expert_ids_FK: np.ndarray,
+    slots_FK: np.ndarray,
+    budget: float = math.inf,
+) -> list[Bucket | HostBucket]:
+    """The facts with their prefix activations, computed once, and their experts with their slots.
+
+    Activations stay on the devices as long as they take at most `budget` bytes of each; further buckets stay on the
+    host. Raises UserError if there are several hosts, none of which has all of them.
+    """
+    buckets, shards = [], sharding.size("facts") * sharding.size("width")
+    for facts in examples:
+        budget -= 4 * facts.tokens_FT.size * base.decoder.config.width / shards
+        if budget >= 0:
+            buckets.append(_bucket(facts, _read(base, facts.tokens_FT)))
+            continue
+        if jax.process_count() > 1:
+            raise UserError("--config.tuning.cache_gb: too little for the facts' activations on these devices")
+        arrays = facts.start_F, facts.answer_length_F, facts.targets_FA
+        buckets.append(HostBucket(Bucket(_read_to_host(base, facts.tokens_FT), *arrays)))
+    return reselected(buckets, examples, expert_ids_FK, slots_FK)
+
+
+def reselected(
+    buckets: Sequence[Bucket | HostBucket],
+    examples: Sequence[Examples],
+    expert_ids_FK: np.ndarray,
+    slots_FK: np.ndarray,
+) -> list[Bucket | HostBucket]:
+    """The same facts with these experts and slots."""
     return [
-        _bucket(facts, _read(base, facts.tokens_FT), expert_ids_FK[facts.index_F], slots_FK[facts.index_F])
-        for facts in examples
+        bucket.selecting(expert_ids_FK[facts.index_F], slots_FK[facts.index_F])
+        for bucket, facts in zip(buckets, examples, strict=True)
     ]
 
 
@@ -190,8 +245,8 @@ def lora_buckets(examples: Sequence[Examples]) -> list[Bucket]:
     return [_bucket(facts, sharding.put(_padded(facts.tokens_FT), "facts", None)) for facts in examples]
 
 
-def _bucket(facts: Examples, inputs, *selection: np.ndarray) -> Bucket:
-    arrays = facts.start_F, facts.answer_length_F, facts.targets_FA, *selection
+def _bucket(facts: Examples, inputs) -> Bucket:
+    arrays = facts.start_F, facts.answer_length_F, facts.targets_FA
     return Bucket(inputs, *(sharding.put(_padded(x), "facts", *(None,) * (x.ndim - 1)) for x in arrays))
 
 
@@ -213,6 +268,15 @@ def _read(base: model.Base, tokens_FT: np.ndarray):
     return hidden_FTD
 
 
+def _read_to_host(base: model.Base, tokens_FT: np.ndarray) -> np.ndarray:
+    """The same, in the host's memory."""
+    tokens_FT, count = _padded(tokens_FT), len(tokens_FT)
+    hidden_FTD = np.empty((*tokens_FT.shape, base.decoder.config.width), np.float32)
+    for _, index_B in sharding.turns(len(tokens_FT), "facts"):
+        hidden_FTD[index_B] = model.read(base.decoder, base.params, tokens_FT[index_B])
+    return hidden_FTD[:count]
+
+
 @dataclasses.dataclass
 class Log:
     """Where tuning stands: what a continued run must know beside the trained state. Losses are per fact, last known."""
@@ -224,6 +288,7 @@ class Log:
     certified: list[int] = dataclasses.field(default_factory=list)  # per epoch, facts
     seconds: list[float] = dataclasses.field(default_factory=list)  # per epoch
     full_recall: int | None = None  # the first epoch after which every fact was recalled
+    lost: int = 0  # times that a check found a fact no longer certified: others have trained its experts
     steps: int = 0
     batches: int = 0  # of the epoch under way, and which facts it trains
     active_F: np.ndarray | None = None
@@ -243,7 +308,7 @@ class Facts(NamedTuple):
     """The facts of a run: on the host, on the device, and the tokens of all answers."""
 
     examples: list[Examples]
-    buckets: list[Bucket]
+    buckets: list[Bucket | HostBucket]
 
     @property
     def tokens(self) -> int:
@@ -257,7 +322,7 @@ def check(method: Method, params, state, facts: Facts, log: Log, batch_size: int
         count = len(facts.examples[number].index_F)
         for rows_B in batches.in_order(count, min(batch_size, count)):
             rows_B = _whole(rows_B)
-            pending.append((number, rows_B, method.losses(params, state, bucket, rows_B)))
+            pending.append((number, rows_B, method.losses(params, state, *bucket.batch(rows_B))))
     _record(log, facts, pending)
 
 
@@ -280,7 +345,7 @@ def train_epoch(
     order = batches.epoch_batches(facts.examples, config.batch_size, seed, log.epoch, log.active_F)
     for number, rows_B in itertools.islice(order, log.batches, None):
         rows_B = _whole(rows_B)
-        state, losses = method.step(params, state, facts.buckets[number], rows_B)
+        state, losses = method.step(params, state, *facts.buckets[number].batch(rows_B))
         pending.append((number, rows_B, losses))
         log.steps += 1
         log.batches += 1
@@ -331,7 +396,9 @@ def tune(
         started = time.perf_counter()
         if until_all_hold and log.batches == 0:
             if log.epoch % CHECK_EVERY == 0 or (log.worst_F < threshold).all():
+                held_F = log.worst_F < threshold
                 check(method, params, state, facts, log, batch_size)
+                log.lost += int((held_F & (log.worst_F >= threshold)).sum())
             if (log.worst_F < threshold).all():
                 recalled_F = recalled(state)
                 if recalled_F.all():

@@ -1,15 +1,18 @@
 """What tests share: a backbone with random weights that compiles in seconds, facts, and tuning made ready to step."""
 
 import dataclasses
+import importlib
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from absl import flags
 
 from lamini_jax import backbone, bank, model, router, row_optimizer, tuning
 from lamini_jax.config import BackboneConfig, Config, LoraConfig, MemoryConfig, RouterConfig, TuningConfig
@@ -94,8 +97,8 @@ class Tuning:
         return tuning.MemoryState(rows_NR, row_optimizer.init(self.tx, ids_S, self.shape))
 
 
-def make_tuning(config: Config, base: model.Base, facts: list[Fact], expert_ids_FK=None) -> Tuning:
-    """Facts made ready for tuning; each selects K random experts unless told which."""
+def make_tuning(config: Config, base: model.Base, facts: list[Fact], expert_ids_FK=None, **options) -> Tuning:
+    """Facts made ready for tuning; each selects K random experts unless told which. `options` are of the buckets."""
     memory = config.memory
     if expert_ids_FK is None:
         rng = np.random.default_rng(1)
@@ -106,7 +109,7 @@ def make_tuning(config: Config, base: model.Base, facts: list[Fact], expert_ids_
     tx = row_optimizer.make(config.tuning.optimizer, config.tuning.learning_rate)
     method = tuning.memory_method(base.decoder, shape, memory.target, tx, touched)
     examples = batches.encode(facts, base.tokenizer)
-    prepared = tuning.Facts(examples, tuning.memory_buckets(base, examples, expert_ids_FK, slots_FK))
+    prepared = tuning.Facts(examples, tuning.memory_buckets(base, examples, expert_ids_FK, slots_FK, **options))
     return Tuning(config, base, shape, expert_ids_FK, slots_FK, tx, method, prepared)
 
 
@@ -143,10 +146,20 @@ def compilations(caplog) -> list[str]:
     return [message.split()[1] for message in messages if message.startswith("Compiling ")]
 
 
+def experiment(name: str) -> ModuleType:
+    """An experiment as a module, without its flags: two experiments in one process would define the same ones."""
+    known = set(flags.FLAGS)
+    module = importlib.import_module(f"experiments.{name}")
+    for flag in set(flags.FLAGS) - known:
+        delattr(flags.FLAGS, flag)
+    return module
+
+
 def start(module: str, *arguments: object) -> subprocess.Popen:
-    """Starts `python -m lamini_jax.MODULE` with these arguments; what it compiles is compiled in a hurry."""
+    """Starts a command of the package, or experiments.NAME; what it compiles is compiled in a hurry."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": "--xla_backend_optimization_level=0"}
-    command = [sys.executable, "-m", f"lamini_jax.{module}", *map(str, arguments)]
+    module = module if "." in module else f"lamini_jax.{module}"
+    command = [sys.executable, "-m", module, *map(str, arguments)]
     pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
     return subprocess.Popen(command, env=environment, text=True, **pipes)
 

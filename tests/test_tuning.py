@@ -1,5 +1,6 @@
 """Memory tuning changes the rows that facts selected, and nothing else, until decoding must return every answer."""
 
+import dataclasses
 import math
 
 import helpers
@@ -263,6 +264,24 @@ def test_facts_that_decoding_denies_are_trained_on(ready):
     assert log.epoch == 4
 
 
+def test_what_a_check_finds_undone_is_counted(ready):
+    """Three facts that each step certifies and each check finds lost; what never was certified cannot be lost."""
+    (examples,) = ready.facts.examples
+
+    def losses(params, state, bucket, rows_B):
+        worst_B = np.where(np.isin(examples.index_F[rows_B], [3, 5, 8]), 5.0, 0.1)
+        return tuning.Losses(worst_B, worst_B, worst_B < 1)
+
+    def step(params, state, bucket, rows_B):
+        return state, tuning.Losses(*(np.full(rows_B.size, value) for value in (0.1, 0.1, True)))
+
+    config = helpers.replace(ready.config, tuning={"epochs": 6})
+    log = tuning.new_log(len(FACTS))
+    hooks = {"recalled": lambda state: np.ones(len(FACTS), bool), "until_all_hold": True}
+    tuning.tune(tuning.Method(step, losses), None, None, ready.facts, log, config, **hooks)
+    assert log.epoch == 6 and log.lost == 3 * 5  # the first check looks at facts that nobody has seen yet
+
+
 def test_a_study_trains_on_all_facts_and_notes_the_first_full_recall(ready):
     config = helpers.replace(ready.config, tuning={"epochs": 30})
     log, steps = tuning.new_log(len(FACTS)), []
@@ -357,3 +376,19 @@ def test_lora_starts_at_nothing_and_learns(base):
         log.loss.append(0.0)
     assert log.total_F.sum() < 0.8 * expected_F.sum()
     assert helpers.same_bits(base.params, params)
+
+
+@pytest.mark.parametrize(
+    "budget_facts, kinds", [(0, [tuning.HostBucket] * 2), (10, [tuning.Bucket, tuning.HostBucket])]
+)
+def test_activations_on_the_host_change_nothing(base, budget_facts, kinds):
+    """Those that the devices have no room for come from the host, batch by batch, to the same bits."""
+    facts = FACTS[:10] + [dataclasses.replace(fact, answer=fact.answer * 8) for fact in FACTS[10:]]
+    results = []
+    for options in ({}, {"budget": 4.0 * 40 * helpers.BACKBONE.width * budget_facts}):
+        ready = helpers.make_tuning(helpers.CONFIG, base, facts, **options)
+        state, log = epochs(ready, ready.fresh_state(), 2)
+        tuning.check(ready.method, base.params, state, ready.facts, log, helpers.CONFIG.tuning.batch_size)
+        results.append((state, log.total_F, log.worst_F))
+    assert [type(bucket) for bucket in ready.facts.buckets] == kinds
+    assert helpers.same_bits(*results)

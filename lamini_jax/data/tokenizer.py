@@ -38,6 +38,10 @@ class ByteTokenizer:
         """What the model must then produce, the stop token included."""
         return [*self.encode(answer), self.stop_id]
 
+    def continuation(self, context: str, text: str) -> tuple[list[int], list[int]]:
+        """A plain text, the begin token in front, and what follows it: no question, no answer, and no stop token."""
+        return [self.begin_id, *self.encode(context)], self.encode(text)
+
     def refusal(self, text: str, exactly: bool) -> str | None:
         """Why a question, or with `exactly` an answer, cannot be carried as it is written; None if it can."""
         return None
@@ -76,6 +80,12 @@ class CheckpointTokenizer:
     def completion(self, answer: str) -> list[int]:
         """What the model must then produce, the stop token included."""
         return [*self.encode(answer), self.stop_ids[0]]
+
+    def continuation(self, context: str, text: str) -> tuple[list[int], list[int]]:
+        """A plain text and what follows it; blanks between them belong to the latter, as in words that were learned."""
+        kept = len(context.rstrip())
+        ids = self._tokenizer.encode(context[:kept]).ids
+        return ids, self._tokenizer.encode(context + text).ids[len(ids) :]
 
     def refusal(self, text: str, exactly: bool) -> str | None:
         """Why a question, or with `exactly` an answer, cannot be carried as it is written; None if it can."""

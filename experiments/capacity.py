@@ -1,0 +1,278 @@
+"""How much a memory holds: large sets of random numbers (the abstract, section 5), and what happens when it is full.
+
+    python -m experiments.capacity --workdir=runs/capacity
+    python -m experiments.capacity --workdir=runs/capacity --counts=100,400,5000
+
+Facts are entries of a phone book, ten random digits each, so log2(10^10) = 33.2 bits that nobody can guess. Sets of
+--counts of them are memorized by the config's own memory. Then the same hundred are memorized by smaller and smaller
+memories: as the load F*K/N (facts, experts selected by each, experts) rises, each expert has to serve more facts.
+Beside them stand dense LoRAs with as many trained parameters as two of these memories have. Tuning ends when every
+fact is certified and recalled, or with the budget of epochs; the LoRA, whose learning rate goes down to zero over the
+whole budget, always spends it.
+
+`bits per parameter` counts the floats of the rows that facts have trained, and a fact only if greedy decoding returns
+it; `coded` is the bits that the model saves in coding the digits, wrong ones included, which is how the capacities of
+2 (arXiv 2404.05405) and 3.6 bits per parameter (arXiv 2505.24832) were measured. Each cell of the study that has
+finished is kept, so that more --counts may be added to a finished one.
+
+TIME_AND_RESULT
+"""
+
+import dataclasses
+import json
+import math
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+from absl import flags
+
+from experiments import figures
+from lamini_jax import backbone, bank, command, model, processes, router, runs
+from lamini_jax.config import BackboneConfig, Config
+from lamini_jax.data import facts as facts_lib
+from lamini_jax.errors import UserError
+
+_CONFIG = command.define_config()
+command.define_processes()
+_WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the study.", required=True)
+_COUNTS = flags.DEFINE_list("counts", ["100", "400"], "Sizes of the sets that the config's memory memorizes.")
+
+FACTS = 100
+# Memories of these targets, K and N, of which only squares suit product keys.
+MEMORIES = (
+    *(("down_proj", 32, num_experts) for num_experts in (2**12, 2**8, 2**6)),
+    *(("o_proj", 32, num_experts) for num_experts in (2**16, 2**8, 2**6)),
+    *(("down_proj", 2, num_experts) for num_experts in (2**12, 2**8, 2**6, 2**4, 2**2)),
+)
+# A LoRA beside each of these, of the nearest rank.
+BESIDE = (("down_proj", 32, 2**8), ("down_proj", 2, 2**4))
+BITS = math.log2(10**10)
+PUBLISHED = {"arXiv 2404.05405": 2.0, "arXiv 2505.24832": 3.6}
+# The paper's "8B + 2B parameters memorize at least 1B facts".
+PAPER_FACTS, PAPER_TRAINED, PAPER_BACKBONE = 1e9, 2e9, 8e9
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    """Some facts and what memorizes them: a memory, or with a rank a LoRA."""
+
+    count: int
+    target: str = ""
+    selected: int = 0
+    num_experts: int = 0
+    rank: int = 0
+
+    @property
+    def name(self) -> str:
+        if self.rank:
+            return f"{self.count} facts, LoRA of rank {self.rank}"
+        return f"{self.count} facts, {self.target}, {self.selected} of {self.num_experts}"
+
+
+def floats_per_rank(config: BackboneConfig) -> int:
+    """Trained parameters of a LoRA of rank 1 on every linear layer."""
+    return config.num_layers * sum(map(sum, backbone.linear_shapes(config).values()))
+
+
+def cells(config: Config, counts: list[int]) -> list[Cell]:
+    """All of the study, small ones first."""
+    own = config.memory
+    grid = [Cell(FACTS, *memory) for memory in MEMORIES]
+    loras = []
+    for target, _, num_experts in BESIDE:
+        shape = bank.row_shape(config.backbone, dataclasses.replace(own, target=target))
+        rank = max(1, round(num_experts * shape.floats / floats_per_rank(config.backbone)))
+        loras.append(Cell(FACTS, rank=rank))
+    sets = [Cell(count, own.target, own.selected, own.num_experts) for count in sorted(counts)]
+    return list(dict.fromkeys([*grid, *loras, *sets]))
+
+
+def measure(cell: Cell, config: Config, base: model.Base, facts, directory: Path, title: str) -> dict:
+    """Memorizes the facts of a cell; what it took, and what is recalled."""
+    if cell.rank:
+        config = dataclasses.replace(config, lora=dataclasses.replace(config.lora, rank=cell.rank))
+        tuned = runs.tune_lora(config, base, facts, directory, title)
+        trained = cell.rank * floats_per_rank(base.decoder.config)
+        spread = {}
+    else:
+        wanted = {"num_experts": cell.num_experts, "selected": cell.selected, "target": cell.target}
+        config = dataclasses.replace(config, memory=dataclasses.replace(config.memory, **wanted))
+        questions = [fact.question for fact in facts]
+        routing = model.make_router(config, base, questions)
+        spread = router.spread(model.select_all(base, routing, questions, cell.selected), cell.num_experts)
+        tuned = runs.tune_memory(config, base, lambda: routing, facts, directory, title, until_all_hold=True)
+        trained = spread["experts_used"] * bank.row_shape(base.decoder.config, config.memory).floats
+    exact_F, _ = runs.recalled(base, tuned.adapt, facts)
+    log, recalled = tuned.log, int(exact_F.sum())
+    frozen = sum(leaf.size for leaf in jax.tree.leaves(base.params))
+    coded = float(np.maximum(BITS - log.total_F / math.log(2), 0).sum())
+    seconds = sum(log.seconds)
+    return {
+        **dataclasses.asdict(cell),
+        **spread,
+        "trained_parameters": trained,
+        "recall": recalled / cell.count,
+        "recalled": recalled,
+        "certified": int(tuned.certified_F.sum()),
+        "lost": log.lost,
+        "epochs": log.epoch,
+        "seconds": seconds,
+        "facts_per_second": recalled / seconds,
+        "bits_per_parameter": recalled * BITS / trained,
+        "bits_per_parameter_with_backbone": recalled * BITS / (trained + frozen),
+        "coded_bits_per_parameter": coded / trained,
+    }
+
+
+def arithmetic(best: float) -> dict[str, float]:
+    """What the paper's largest claim needs, and how many facts fit at some bits per trained parameter."""
+
+    def holds(bits: float) -> float:
+        return PAPER_TRAINED * bits / BITS
+
+    return {
+        "needed_bits_per_trained_parameter": PAPER_FACTS * BITS / PAPER_TRAINED,
+        "needed_bits_per_parameter_with_backbone": PAPER_FACTS * BITS / (PAPER_TRAINED + PAPER_BACKBONE),
+        "facts_at_published_capacities": {name: holds(bits) for name, bits in PUBLISHED.items()},
+        "facts_at_best_measured": holds(best),
+        "best_measured": best,
+    }
+
+
+def breaking(memories: list[dict]) -> dict[str, dict]:
+    """Of each target and K: the largest load at which all is recalled, and the smallest at which it is not."""
+    found = {}
+    for memory in memories:
+        series = found.setdefault(f"{memory['target']}, K = {memory['selected']}", {"holds": None, "breaks": None})
+        name, choose = ("holds", max) if memory["recall"] == 1 else ("breaks", min)
+        known = series[name]
+        series[name] = memory["load"] if known is None else choose(known, memory["load"])
+    return found
+
+
+def claims(results: list[dict], own: list[dict]) -> list[dict[str, str]]:
+    """What the paper claims beside what was measured; `own` is the sets that the config's memory memorized."""
+    memories = [result for result in results if not result["rank"]]
+    whole = [result for result in own if result["recall"] == 1]
+    if whole:
+        most = max(whole, key=lambda result: result["count"])
+        sets = f"all {most['count']:,} facts of the largest set recalled completely, {most['epochs']} epochs, "
+        sets += f"{most['facts_per_second']:.1f} facts per second; {len(whole)} of {len(own)} sets are complete"
+    else:
+        sets = f"none of {len(own)} sets is recalled completely"
+    shared = [result for result in memories if result["load"] > 1]
+    holding = [result for result in shared if result["recall"] == 1]
+    loads = "; ".join(
+        f"{name}: holds up to {_load(load['holds'])}, breaks at {_load(load['breaks'])}"
+        for name, load in breaking(memories).items()
+    )
+    best = max(results, key=lambda result: result["bits_per_parameter"])
+    numbers = arithmetic(best["bits_per_parameter"])
+    needed, in_all = (
+        numbers["needed_bits_per_trained_parameter"],
+        numbers["needed_bits_per_parameter_with_backbone"],
+    )
+    return [
+        {
+            "paper": "Memory experts memorize large sets of random numbers exactly (abstract, section 5)",
+            "measured": sets,
+            "verdict": _verdict(len(whole), len(own)),
+        },
+        {
+            "paper": "The same expert may serve several facts, and all of them are memorized (section 7.1)",
+            "measured": f"loads: {loads}; {len(holding)} of {len(shared)} memories above load 1 are complete",
+            "verdict": _verdict(len(holding), len(shared)),
+        },
+        {
+            "paper": "2B parameters of memory beside a backbone of 8B memorize at least 1B facts (section 5)",
+            "measured": f"with ten digits per fact that needs {needed:.1f} bits per trained parameter, more than the "
+            f"16 that a bfloat16 has, or {in_all:.1f} if the frozen 8B counted too; published capacities are 2 and "
+            f"3.6, the most that was recalled here is {best['bits_per_parameter']:.3f} ({best['name']}), with which "
+            f"2B parameters hold {numbers['facts_at_best_measured']:,.0f} facts",
+            "verdict": _verdict((numbers["best_measured"] >= needed) + (numbers["best_measured"] >= in_all), 2),
+        },
+    ]
+
+
+def _verdict(hold: int, of: int) -> str:
+    """All, some or none."""
+    return "reproduced" if 0 < of == hold else "reproduced in part" if hold else "not reproduced"
+
+
+def _load(load: float | None) -> str:
+    return "none" if load is None else f"{load:.3g}"
+
+
+def table(results: list[dict]) -> str:
+    """The results as text."""
+    lines = [
+        f"{'cell':<40}{'load':>8}{'used':>8}{'overlap':>9}{'trained':>12}{'recall':>8}{'epochs':>8}{'lost':>6}"
+        f"{'facts/s':>9}{'bits/param':>12}{'coded':>9}"
+    ]
+    for r in results:
+        shared = f"{r['load']:>8.3g}{r['experts_used']:>8}{r['mean_overlap']:>9.4f}" if not r["rank"] else " " * 25
+        lines.append(
+            f"{r['name']:<40}{shared}{r['trained_parameters']:>12,}{100 * r['recall']:>7.1f}%{r['epochs']:>8}"
+            f"{r['lost']:>6}{r['facts_per_second']:>9.2f}{r['bits_per_parameter']:>12.4f}"
+            f"{r['coded_bits_per_parameter']:>9.4f}"
+        )
+    return "\n".join(lines)
+
+
+def _counts() -> list[int]:
+    for text in _COUNTS.value:
+        if not text.isdecimal() or int(text) < 1:
+            raise UserError(f"--counts={','.join(_COUNTS.value)}: {text!r} is not a positive whole number")
+    if not _COUNTS.value:
+        raise UserError("--counts is empty: name at least one number of facts")
+    return [int(text) for text in _COUNTS.value]
+
+
+def main() -> None:
+    config, counts = model.configure(_CONFIG.value), _counts()
+    command.start(config.mesh)
+    planned = cells(config, counts)
+    facts = facts_lib.load("phone_book", "random", max(cell.count for cell in planned), config.seed, "")
+    base = model.load_base(config)
+    identity = {"config": dataclasses.asdict(config), "backbone": base.fingerprint}
+    del identity["config"]["mesh"]  # any devices may go on with what others began
+    directory = command.open_workdir(_WORKDIR.value, identity)
+    results = []
+    for number, cell in enumerate(planned, 1):
+        place = directory / cell.name.replace(", ", "_").replace(" ", "_")
+        saved = place / "result.json"
+        if not processes.agree(saved.exists()):
+            started, title = time.time(), f"cell {number} of {len(planned)}: {cell.name}"
+            result = measure(cell, config, base, facts[: cell.count], place, title)
+            result = {"name": cell.name, **result, "wall_seconds": round(time.time() - started, 1)}
+            command.write_json(saved, result)
+            processes.meet(cell.name)
+        results.append(json.loads(saved.read_text()))
+    own = [
+        result
+        for cell, result in zip(planned, results, strict=True)
+        if cell.count in counts and cell.num_experts == config.memory.num_experts
+    ]
+    found = {
+        "cells": results,
+        "bits_per_fact": BITS,
+        "published_bits_per_parameter": PUBLISHED,
+        "loads": breaking([result for result in results if not result["rank"]]),
+        "paper_arithmetic": arithmetic(max(result["bits_per_parameter"] for result in results)),
+        "claims": claims(results, own),
+        "environment": command.environment(),
+        "seconds": round(sum(result["wall_seconds"] for result in results), 1),
+    }
+    command.write_json(directory / "results.json", found)
+    if processes.first():
+        figures.capacity(found, directory / "figures.png")
+    processes.say(table(results))
+    for claim in found["claims"]:
+        processes.say(f"{claim['verdict']}: {claim['paper']}\n    {claim['measured']}")
+    processes.say(f"{found['seconds']:.0f} s; {directory / 'results.json'}, {directory / 'figures.png'}")
+
+
+if __name__ == "__main__":
+    command.run(main)
