@@ -1,6 +1,9 @@
 """What answers cost: the losses of the plain model, those that tuning sees, and what samples then do."""
 
 import dataclasses
+import os
+import subprocess
+import sys
 
 import helpers
 import jax
@@ -15,7 +18,7 @@ from lamini_jax.decoding import BARE
 
 # In two buckets of prompts, mixed; answers of several lengths.
 MIXED = [Fact("", question, answer) for question, answer in (("ab?", "xy"), ("q" * 70, "yes, é"), ("c", "12345"))]
-EPOCHS = 24
+EPOCHS = 15
 
 
 @pytest.fixture(scope="module")
@@ -115,3 +118,11 @@ def test_training_from_nothing_shows_each_code_once():
     unseen = world.once(2 * pretraining.ONCE, pretraining.SEED)[pretraining.ONCE :]
     assert not any(bytes(tokenizer.prompt(qa.question)) in shown for qa in unseen)
     assert shown.count(bytes([tokenizer.begin_id])) > 1.2 * pretraining.ONCE
+
+
+def test_more_key_facts_than_codes_is_one_line(tmp_path):
+    arguments = ["-m", "experiments.selective_loss", f"--workdir={tmp_path / 'run'}", "--config.data.count=501"]
+    environment = {**os.environ, "PYTHONPATH": str(helpers.ROOT)}
+    result = subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, text=True)
+    assert (result.returncode, result.stderr.count("\n")) == (2, 1), result.stderr
+    assert "--config.data.count=501: at most 500" in result.stderr and not (tmp_path / "run").exists()
