@@ -8,8 +8,8 @@ named in the page, and the others go on. Ends in report.html (self-contained) an
 to every experiment.
 """
 
+import ast
 import base64
-import importlib
 import json
 import os
 import re
@@ -80,7 +80,9 @@ def page(parts: list[dict], directory: Path) -> tuple[str, str]:
     import jinja2  # here, so that `main` can say what to install
 
     for part in parts:
-        part["about"] = importlib.import_module(f"experiments.{part['name']}").__doc__.splitlines()[0]
+        # Read and not imported: each defines flags of its own.
+        source = Path(__file__).with_name(f"{part['name']}.py").read_text()
+        part["about"] = ast.get_docstring(ast.parse(source)).splitlines()[0]
         figure = directory / part["name"] / "figures.png"
         if figure.exists():
             part["figure"] = base64.b64encode(figure.read_bytes()).decode()
