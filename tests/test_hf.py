@@ -29,10 +29,12 @@ SAME_MODELS = {
     "llama_renamed": ("llama31", {}),
     "qwen2_renamed": ("qwen2", {}),
     "qwen2_tied": ("qwen2", {"tie_word_embeddings": True}),
+    "qwen3_tied": ("qwen3", {"tie_word_embeddings": True, "num_key_value_heads": 1}),
 }
 
 TOKENS_BT = np.random.default_rng(0).integers(checkpoints.TOKENIZER_SIZE, size=(2, 24)).astype(np.int32)
-logits = jax.jit(backbone.logits, static_argnums=0)
+# Run once each: what counts is how fast they compile.
+logits = jax.jit(backbone.logits, static_argnums=0, compiler_options={"xla_backend_optimization_level": 0})
 
 
 def imported_logits(directory, **arguments):
