@@ -7,8 +7,7 @@ Facts are entries of a phone book, ten random digits each, so log2(10^10) = 33.2
 --counts of them are memorized by the config's own memory. Then the same hundred are memorized by smaller and smaller
 memories: as the load F*K/N (facts, experts selected by each, experts) rises, each expert has to serve more facts.
 Beside them stand dense LoRAs with as many trained parameters as two of these memories have. Tuning ends when every
-fact is certified and recalled, or with the budget of epochs; the LoRA, whose learning rate goes down to zero over the
-whole budget, always spends it.
+fact is certified and recalled, or with the budget of epochs.
 
 `bits per parameter` counts the floats of the rows that facts have trained, and a fact only if greedy decoding returns
 it; `coded` is the bits that the model saves in coding the digits, wrong ones included, which is how the capacities of
@@ -89,18 +88,20 @@ def cells(config: Config, counts: list[int]) -> list[Cell]:
     return list(dict.fromkeys([*grid, *loras, *sets]))
 
 
-def measure(cell: Cell, config: Config, base: model.Base, facts, directory: Path, title: str) -> dict:
-    """Memorizes the facts of a cell; what it took, and what is recalled."""
+def measure(
+    cell: Cell, config: Config, base: model.Base, facts, features_QD: np.ndarray, directory: Path, title: str
+) -> dict:
+    """Memorizes the facts of a cell; what it took, and what is recalled. `features_QD` are what routers train on."""
     if cell.rank:
         config = dataclasses.replace(config, lora=dataclasses.replace(config.lora, rank=cell.rank))
-        tuned = runs.tune_lora(config, base, facts, directory, title)
+        tuned = runs.tune_lora(config, base, facts, directory, title, until_all_hold=True)
         trained = cell.rank * floats_per_rank(base.decoder.config)
         spread = {}
     else:
         wanted = {"num_experts": cell.num_experts, "selected": cell.selected, "target": cell.target}
         config = dataclasses.replace(config, memory=dataclasses.replace(config.memory, **wanted))
         questions = [fact.question for fact in facts]
-        routing = model.make_router(config, base, questions)
+        routing = router.train(config, features_QD)
         spread = router.spread(model.select_all(base, routing, questions, cell.selected), cell.num_experts)
         tuned = runs.tune_memory(config, base, lambda: routing, facts, directory, title, until_all_hold=True)
         trained = spread["experts_used"] * bank.row_shape(base.decoder.config, config.memory).floats
@@ -239,13 +240,17 @@ def main() -> None:
     identity = {"config": dataclasses.asdict(config), "backbone": base.fingerprint}
     del identity["config"]["mesh"]  # any devices may go on with what others began
     directory = command.open_workdir(_WORKDIR.value, identity)
-    results = []
+    results, features_QD = [], {}
     for number, cell in enumerate(planned, 1):
         place = directory / cell.name.replace(", ", "_").replace(" ", "_")
         saved = place / "result.json"
         if not processes.agree(saved.exists()):
             started, title = time.time(), f"cell {number} of {len(planned)}: {cell.name}"
-            result = measure(cell, config, base, facts[: cell.count], place, title)
+            some = facts[: cell.count]
+            if cell.count not in features_QD:
+                questions = [fact.question for fact in some]
+                features_QD[cell.count] = model.calibration_features(config, base, questions)
+            result = measure(cell, config, base, some, features_QD[cell.count], place, title)
             result = {"name": cell.name, **result, "wall_seconds": round(time.time() - started, 1)}
             command.write_json(saved, result)
             processes.meet(cell.name)
