@@ -42,8 +42,8 @@ FACTS = 100
 # Memories of these targets, K and N, of which only squares suit product keys.
 MEMORIES = (
     *(("down_proj", 32, num_experts) for num_experts in (2**12, 2**8, 2**6)),
-    *(("o_proj", 32, num_experts) for num_experts in (2**16, 2**8, 2**6)),
-    *(("down_proj", 2, num_experts) for num_experts in (2**12, 2**8, 2**6, 2**4, 2**2)),
+    *(("o_proj", 32, num_experts) for num_experts in (2**8, 2**6)),
+    *(("down_proj", 2, num_experts) for num_experts in (2**8, 2**6, 2**4, 2**2)),
 )
 # A LoRA beside each of these, of the nearest rank.
 BESIDE = (("down_proj", 32, 2**8), ("down_proj", 2, 2**4))
