@@ -135,3 +135,86 @@ def routing_throughput(rows: list[dict], path: Path) -> None:
     figure.suptitle(f"top {rows[0]['selected']} of N keys of width {rows[0]['key_width']}, {rows[0]['device']}")
     figure.savefig(path, dpi=120)
     plt.close(figure)
+
+
+def retrieval_comparison(results: dict, path: Path) -> None:
+    """What becomes of the questions of each kind, system by system; then time per question and bytes per fact."""
+    systems = results["systems"]
+    names, kinds = list(systems), list(results["examples"])
+    places = range(len(names))
+    figure, axes = plt.subplots(2, 3, figsize=(15, 8.5), sharey=True, layout="constrained")
+    for axis, kind in zip(axes[:, :2].flat, kinds, strict=True):
+        left = [0.0] * len(names)
+        for outcome, colour in (("exact", "tab:green"), ("none", "lightgrey"), ("wrong", "tab:red")):
+            counts = [systems[name]["sets"][kind] for name in names]
+            shares = [100 * count[outcome] / count["questions"] for count in counts]
+            label = {"none": "no answer"}.get(outcome, outcome)
+            axis.barh(places, shares, left=left, color=colour, label=label)
+            left = [start + width for start, width in zip(left, shares, strict=True)]
+        axis.set(title=f"{kind}: {results['examples'][kind]}", xlabel="% of questions", xlim=(0, 100))
+        axis.title.set_fontsize("medium")
+    for axis, key, factor, title in (
+        (axes[0][2], "latency_seconds", 1e3, "milliseconds per question"),
+        (axes[1][2], "bytes_per_fact", 1, "bytes per fact"),
+    ):
+        bars = axis.barh(places, [factor * systems[name][key] for name in names], color="tab:blue")
+        axis.bar_label(bars, fmt=lambda value: f"{value:,.3g}" if value < 100 else f"{value:,.0f}", padding=3)
+        axis.set(title=title, xscale="log")
+        axis.margins(x=0.25)
+    axes[0][0].set_yticks(places, names)
+    axes[0][0].invert_yaxis()
+    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    figure.suptitle(f"{results['facts']} entries of a phone book, stored and tuned")
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def compute_requirements(results: dict, path: Path) -> None:
+    """The paper's numbers against ours; then what a fact costs in a step, here and beside Llama 3 8B."""
+    colours = {"reproduced": "tab:green", "reproduced in part": "tab:orange", "not reproduced": "tab:red"}
+    figure, axes = plt.subplots(1, 3, figsize=(17, 5), width_ratios=(2, 1, 1), layout="constrained")
+    compared = results["paper"]
+    places = range(len(compared))
+    for place, one in zip(places, compared, strict=True):
+        colour = colours[one["claim"]["verdict"]]
+        axes[0].plot([1, one["ratio"]], [place, place], "-", color=colour)
+        axes[0].plot(one["ratio"], place, "o", color=colour, markersize=9)
+        axes[0].annotate(f"{one['ratio']:.3g}", (one["ratio"], place), (8, 6), textcoords="offset points")
+    axes[0].axvline(1, color="black", linewidth=1)
+    axes[0].set_yticks(places, [one["quantity"].partition(" (")[0] for one in compared])
+    axes[0].set(title="the paper's numbers: ours over theirs", xscale="log")
+    axes[0].margins(x=0.25)
+    axes[0].invert_yaxis()
+    for verdict, colour in colours.items():
+        axes[0].plot([], [], "o", color=colour, label=verdict)
+    axes[0].legend(loc="lower right", fontsize="small")
+    steps, llama = results["steps"]["methods"], results["llama3_8b"]
+    names = list(steps)
+    for axis, values, title in (
+        (axes[1], [1e3 * steps[name]["seconds"] for name in names], "ms per fact and step, measured"),
+        (axes[2], [llama[name]["flops"] / 1e12 for name in names], "TFLOP per fact, Llama 3 8B"),
+    ):
+        bars = axis.bar(names, values, color="tab:blue")
+        axis.bar_label(bars, [f"{value:,.3g}" for value in values])
+        axis.set(title=title)
+        axis.margins(y=0.1)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def regularization(results: dict, path: Path) -> None:
+    """Held-out accuracy of the backbone and after each run, with 95% intervals."""
+    names = list(results["runs"])
+    accuracies = [results["runs"][name]["accuracy"] for name in names]
+    intervals = [results["runs"][name]["interval"] for name in names]
+    errors = [[a - low for a, (low, _) in zip(accuracies, intervals, strict=True)]]
+    errors.append([high - a for a, (_, high) in zip(accuracies, intervals, strict=True)])
+    colours = ["tab:gray", *(COLOURS[name.split("/")[1]] for name in names[1:])]
+    figure, axis = plt.subplots(figsize=(9, 4.5), layout="constrained")
+    axis.bar(names, accuracies, yerr=errors, color=colours, capsize=4)
+    axis.axhspan(*intervals[0], color="tab:gray", alpha=0.15)
+    axis.set(ylabel="held-out questions answered exactly", ylim=(0, 1.02))
+    axis.set_title(f"{results['questions']} held-out questions before and after memorizing (Table 1)")
+    axis.tick_params(axis="x", labelrotation=20)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)

@@ -16,11 +16,14 @@ import dataclasses
 import json
 import statistics
 import time
+from pathlib import Path
+from typing import NamedTuple
 
 import jax
 from absl import flags
 
 from experiments import figures
+from experiments.claims import claim, share
 from lamini_jax import bank, command, model, processes, recall, router, runs
 from lamini_jax.config import Config
 from lamini_jax.data import facts as facts_lib
@@ -32,6 +35,7 @@ _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the study.", requi
 
 METHODS = {"lora": None, "mome_o_proj": "o_proj", "mome_down_proj": "down_proj"}
 RUNS = [f"{method}/{answers}" for method in METHODS for answers in facts_lib.ANSWERS]
+NEAR_ZERO = 0.05  # nats per answer token, about where the paper's curves end
 # Of each set of questions that nothing was tuned on.
 NUM_QUESTIONS = 240
 
@@ -56,16 +60,53 @@ def accuracies(base: model.Base, adapt: recall.Adapt, questions: dict[str, list]
     return result
 
 
-def one_run(name: str, config: Config, base: model.Base, routing: router.Router, facts, questions, directory) -> dict:
-    """Tunes, asks for every fact and for the untuned questions."""
-    method, _ = name.split("/")
+class Study(NamedTuple):
+    """What all six runs have in common."""
+
+    config: Config
+    base: model.Base
+    facts: dict[str, list[facts_lib.Fact]]  # with true and with random answers
+    routing: router.Router
+    directory: Path
+
+
+def prepare(config: Config, workdir: str) -> Study:
+    """Facts, backbone and router of a study, in its directory. Raises UserError if that belongs to another study."""
+    data = config.data
+    facts = {
+        answers: facts_lib.load(data.facts, answers, data.count, config.seed, data.dir) for answers in facts_lib.ANSWERS
+    }
+    base = model.load_base(config)
+    identity = {"config": dataclasses.asdict(config)}
+    del identity["config"]["mesh"]  # any devices may go on with what others began
+    identity["facts"] = {answers: runs.fingerprint(facts[answers]) for answers in facts}
+    directory = command.open_workdir(workdir, identity)
+    devices = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
+    processes.say(f"{data.count} facts on {devices}; training the router ...")
+    return Study(config, base, facts, model.make_router(config, base, questions_of(facts)), directory)
+
+
+def questions_of(facts: dict[str, list[facts_lib.Fact]]) -> list[str]:
+    """The questions, which are the same with true and with random answers."""
+    return [fact.question for fact in facts["true"]]
+
+
+def tune(study: Study, name: str) -> tuple[runs.Tuned, list[facts_lib.Fact]]:
+    """One of RUNS, gone on with from its last checkpoint, and its facts."""
+    method, answers = name.split("/")
+    facts, directory = study.facts[answers], study.directory / name.replace("/", "_")
     title = f"run {RUNS.index(name) + 1} of {len(RUNS)}, {name}"
     if METHODS[method] is None:
-        tuned = runs.tune_lora(config, base, facts, directory, title)
-    else:
-        memory = dataclasses.replace(config.memory, target=METHODS[method])
-        config = dataclasses.replace(config, memory=memory)
-        tuned = runs.tune_memory(config, base, lambda: routing, facts, directory, title)
+        return runs.tune_lora(study.config, study.base, facts, directory, title), facts
+    memory = dataclasses.replace(study.config.memory, target=METHODS[method])
+    config = dataclasses.replace(study.config, memory=memory)
+    return runs.tune_memory(config, study.base, lambda: study.routing, facts, directory, title), facts
+
+
+def one_run(study: Study, name: str, questions: dict[str, list]) -> dict:
+    """Tunes, asks for every fact and for the untuned questions."""
+    base = study.base
+    tuned, facts = tune(study, name)
     exact_F, generated = runs.recalled(base, tuned.adapt, facts)
     log = tuned.log
     return {
@@ -84,23 +125,23 @@ def one_run(name: str, config: Config, base: model.Base, routing: router.Router,
 def table(results: dict) -> str:
     """The results as text."""
 
-    def share(value):
-        return "-" if value is None else f"{100 * value:.1f}%"
+    def percent(value):
+        return "-" if value is None else share(value)
 
     def interval(run):
-        return f"{share(run['heldout_accuracy'])} [{' to '.join(share(end) for end in run['heldout_interval'])}]"
+        return f"{percent(run['heldout_accuracy'])} [{' to '.join(map(percent, run['heldout_interval']))}]"
 
     names = f"{'loss':>9}{'recall':>9}{'certified':>11}{'full at':>9}{'s/epoch':>9}  {'heldout':<26}{'neighbour':>9}"
     backbone = results["backbone"]
     lines = [
         f"{'run':<21}{names}",
-        f"{'backbone':<68}  {interval(backbone):<26}{share(backbone['neighbour_accuracy']):>9}",
+        f"{'backbone':<68}  {interval(backbone):<26}{percent(backbone['neighbour_accuracy']):>9}",
     ]
     for name, run in results["runs"].items():
         lines.append(
-            f"{name:<21}{run['final_loss']:>9.4f}{share(run['recall']):>9}{share(run['certified']):>11}"
+            f"{name:<21}{run['final_loss']:>9.4f}{percent(run['recall']):>9}{percent(run['certified']):>11}"
             f"{run['epochs_to_full_recall'] or 'never':>9}{run['seconds_per_epoch']:>9.2f}  "
-            f"{interval(run):<26}{share(run['neighbour_accuracy']):>9}"
+            f"{interval(run):<26}{percent(run['neighbour_accuracy']):>9}"
         )
     memory = results["memory"]
     lines.append(
@@ -111,24 +152,53 @@ def table(results: dict) -> str:
     return "\n".join(lines)
 
 
+def claims(results: dict) -> list[dict]:
+    """Figures 1 and 5, and of Table 1 what its randomized model still answers."""
+    runs_, backbone = results["runs"], results["backbone"]
+    low, high = backbone["heldout_interval"]
+
+    def fitted(method):
+        return [runs_[f"{method}/{answers}"] for answers in facts_lib.ANSWERS]
+
+    def told(runs_):
+        return ", ".join(f"{run['final_loss']:.4f} ({share(run['recall'])} recalled)" for run in runs_)
+
+    memory = [*fitted("mome_o_proj"), *fitted("mome_down_proj")]
+    lora = fitted("lora")
+    untouched = [low <= run["heldout_accuracy"] <= high for run in (*lora, *memory)]
+    heldout = [share(run["heldout_accuracy"]) for run in (*lora, *memory)]
+    return [
+        claim(
+            "LoRA fits random answers as it fits true ones, to a loss near zero (Figure 1)",
+            f"final loss on true and on random answers: {told(lora)}",
+            *(run["final_loss"] < NEAR_ZERO and run["recall"] >= 0.99 for run in lora),
+        ),
+        claim(
+            "memory experts reach a loss near zero too, updating only those selected (Figure 5)",
+            f"o_proj, then down_proj, true and random: {told(memory)}",
+            *(run["final_loss"] < NEAR_ZERO and run["recall"] == 1 for run in memory),
+        ),
+        claim(
+            "a model tuned on random answers answers other questions as before (Table 1)",
+            f"held-out questions {share(backbone['heldout_accuracy'])} before; after LoRA {' and '.join(heldout[:2])}, "
+            f"after memory tuning {', '.join(heldout[2:])} (within the interval counts as before)",
+            *untouched,
+        ),
+        claim(
+            "a fact whose tokens all lose less than ln 2 is recalled (theory)",
+            f"{sum(run['certified_but_not_recalled'] for run in runs_.values())} certified facts were not recalled",
+            not any(run["certified_but_not_recalled"] for run in runs_.values()),
+        ),
+    ]
+
+
 def main() -> None:
     config = model.configure(_CONFIG.value)
     command.start(config.mesh)
-    data = config.data
-    facts = {
-        answers: facts_lib.load(data.facts, answers, data.count, config.seed, data.dir) for answers in facts_lib.ANSWERS
-    }
-    base = model.load_base(config)
-    identity = {"config": dataclasses.asdict(config)}
-    del identity["config"]["mesh"]  # any devices may go on with what others began
-    identity["facts"] = {answers: runs.fingerprint(facts[answers]) for answers in facts}
-    directory = command.open_workdir(_WORKDIR.value, identity)
-    started = time.time()
-    asked = [fact.question for fact in facts["true"]]
-    devices = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
-    processes.say(f"{data.count} facts on {devices}; training the router ...")
-    routing = model.make_router(config, base, asked)
-    selection_FK = model.select_all(base, routing, asked, config.memory.selected)
+    started, data = time.time(), config.data
+    study = prepare(config, _WORKDIR.value)
+    base, directory = study.base, study.directory
+    selection_FK = model.select_all(base, study.routing, questions_of(study.facts), config.memory.selected)
     questions = questions_asked(config)
     results = {
         "backbone": accuracies(base, recall.bare, questions),
@@ -146,13 +216,12 @@ def main() -> None:
         "runs": {},
     }
     for name in RUNS:
-        run_directory = directory / name.replace("/", "_")
-        saved = run_directory / "result.json"
+        saved = directory / name.replace("/", "_") / "result.json"
         if not processes.agree(saved.exists()):
-            result = one_run(name, config, base, routing, facts[name.split("/")[1]], questions, run_directory)
-            command.write_json(saved, result)
+            command.write_json(saved, one_run(study, name, questions))
             processes.meet(name)
         results["runs"][name] = json.loads(saved.read_text())
+    results["claims"] = claims(results)
     results["environment"] = command.environment()
     results["seconds"] = round(time.time() - started, 1)
     command.write_json(directory / "results.json", results)

@@ -24,7 +24,7 @@ import tqdm
 from absl import flags
 
 from lamini_jax import command, hf, memory, model, processes, recall
-from lamini_jax.config import MeshConfig
+from lamini_jax.config import BackboneConfig, MeshConfig
 from lamini_jax.data.facts import check_question, read_questions
 from lamini_jax.decoding import Sampling
 from lamini_jax.errors import UserError
@@ -52,8 +52,7 @@ def main() -> None:
         raise UserError("--multihost: several processes share no standard input; give --question or --questions")
     config, load = _source()
     if _BACKBONE.value is not None:
-        backbone = hf.resolve(dataclasses.replace(config.backbone, path=_BACKBONE.value))
-        config = dataclasses.replace(config, backbone=backbone)
+        config = dataclasses.replace(config, backbone=_moved(config.backbone, _BACKBONE.value))
     if _LOOKUP.value and config.router.lookup != "exact":
         raise UserError(f"--lookup={_LOOKUP.value}: this memory was tuned with {config.router.lookup} keys")
     whole = _MESH_MODEL.value == -1
@@ -74,7 +73,7 @@ def main() -> None:
     elif _QUESTIONS.value is not None:
         _write_answers(base, adapt, records)
     else:
-        _answer_lines(base, adapt, sys.stdin)
+        _answer_lines(base, adapt, sys.stdin.buffer)
 
 
 def _source():
@@ -86,6 +85,14 @@ def _source():
         return memory.config_of_export(exported), lambda config: memory.of_export(config, exported)
     workdir = Path(_WORKDIR.value)
     return memory.config_of_run(workdir), lambda config: memory.of_run(config, workdir / "checkpoints")
+
+
+def _moved(backbone: BackboneConfig, path: str) -> BackboneConfig:
+    """The same backbone at another place; its weights are compared later. Raises UserError for another shape."""
+    found = hf.resolve(BackboneConfig(path=path, context=backbone.context, dtype=backbone.dtype))
+    if dataclasses.replace(found, path=backbone.path) != backbone:
+        raise UserError(f"--backbone={path}: this memory was made for another backbone, of another shape")
+    return found
 
 
 def _sampling(draw: int = 0) -> Sampling | None:
@@ -108,12 +115,16 @@ def _print_answer(base: model.Base, adapt: recall.Adapt, question: str, draw: in
         processes.say(f"  experts: {' '.join(map(str, answer.expert_ids))}")
 
 
-def _answer_lines(base: model.Base, adapt: recall.Adapt, lines: Iterable[str]) -> None:
+def _answer_lines(base: model.Base, adapt: recall.Adapt, lines: Iterable[bytes]) -> None:
     context = base.decoder.config.context
     for number, line in enumerate(lines, 1):
-        question = line.rstrip("\r\n")
+        where = f"standard input, line {number}"
+        try:
+            question = line.decode().rstrip("\r\n")
+        except UnicodeDecodeError as error:
+            raise UserError(f"{where}: is not UTF-8 (byte {error.start + 1})") from None
         if question.strip():
-            check_question(question, base.tokenizer, context, f"standard input, line {number}")
+            check_question(question, base.tokenizer, context, where)
             _print_answer(base, adapt, question, number)
 
 

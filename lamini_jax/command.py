@@ -18,6 +18,7 @@ lines or a traceback.
 import dataclasses
 import difflib
 import importlib.metadata
+import importlib.util
 import json
 import os
 import platform
@@ -102,6 +103,13 @@ def _processes():
     from lamini_jax import processes
 
     return processes
+
+
+def require(extra: str, *modules: str) -> None:
+    """Raises UserError if one of the modules that an extra of setup.cfg installs is missing."""
+    missing = [name for name in modules if importlib.util.find_spec(name) is None]
+    if missing:
+        raise UserError(f"{', '.join(missing)} not installed: pip install -e .[{extra}]")
 
 
 def write_json(path: str | os.PathLike, value: Any) -> None:

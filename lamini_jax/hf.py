@@ -5,6 +5,7 @@ understood is refused by name.
 """
 
 import dataclasses
+import gc
 import hashlib
 import json
 import os
@@ -294,36 +295,43 @@ def _load(config: BackboneConfig, shapes: backbone.Params) -> backbone.Params:
     """Parameters of these shapes from the checkpoint at `config.path`."""
     directory = locate(config.path)
     tensors = {name: file for file in map(_opened, weight_files(directory)) for name in file.keys()}  # noqa: SIM118
-    axes, unread, loaded = flatten_dict(backbone.axes(config, shapes)), set(tensors), {}
+    names_of, unread, loaded = flatten_dict(backbone.axes(config, shapes)), set(tensors), {}
 
     def read(name: str, key: str, leaf, names: sharding.Names):
         if name not in tensors:
             raise UserError(f"{directory}: has no tensor {name}")
         unread.discard(name)
         tensor, turned = tensors[name].get_slice(name), _turned(key)
-        expected = list(leaf.shape[::-1] if turned else leaf.shape)
+        axes = 2 if turned or key == "embedding" else 1  # of the file's tensor; one of a layer has another before
+        shape = leaf.shape[-axes:]
+        expected = list(shape[::-1] if turned else shape)
         if tensor.get_shape() != expected or tensor.get_dtype() not in _DTYPES:
             found = f"is {tensor.get_dtype()} of shape {tensor.get_shape()}"
             raise UserError(f"{directory}: tensor {name} {found}; expected shape {expected}, in {', '.join(_DTYPES)}")
 
         def part(index):
+            index = index[-axes:]
             part = tensor[index[::-1]].T if turned else tensor[index]
-            return np.asarray(part, leaf.dtype, order="C")
+            part = np.asarray(part, leaf.dtype, order="C")
+            return part.reshape(part.shape if len(leaf.shape) == axes else (1, *part.shape))
 
         return jax.make_array_from_callback(leaf.shape, sharding.layout(names, leaf.shape), part)
 
     for path, leaf in flatten_dict(shapes).items():
-        names = sharding.fit(axes[path], leaf.shape)
+        names = sharding.fit(names_of[path], leaf.shape)
         part, in_layers, key = "/".join(path).rpartition("layers/")
         if not in_layers:
             loaded[path] = read(_WHOLE[key], key, leaf, names)
             continue
         first = config.num_layers - leaf.shape[0] if part == "suffix_" else 0
-        layer, stack = jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), sharding.zeros(leaf.shape, leaf.dtype, names)
+        layer = jax.ShapeDtypeStruct((1, *leaf.shape[1:]), leaf.dtype)
+        stack = sharding.zeros(leaf.shape, leaf.dtype, names)
         for number in range(leaf.shape[0]):
-            value = read(_in_layer(first + number, key), key, layer, names[1:])
             # Waited for, or the host would read ahead and hold many tensors.
-            stack = jax.block_until_ready(sharding.write(stack, value[None], np.int32(number), names))
+            value = read(_in_layer(first + number, key), key, layer, names)
+            stack = jax.block_until_ready(sharding.write(stack, value, np.int32(number), names))
+            del value
+            gc.collect(0)  # jax lets go of the host's memory behind an array when it is next called, or here
         loaded[path] = stack
     unread -= {name for name in unread if name.endswith("rotary_emb.inv_freq")}
     unread -= {_WHOLE["unembedding/weight"]} if config.tied_embeddings else set()

@@ -61,20 +61,26 @@ def config_of_export(directory: Path) -> Config:
 
 def of_export(config: Config, directory: Path) -> Memory:
     """An exported memory. Raises UserError if it is damaged."""
-    path = directory / _TENSORS
+    path, extra = directory / _TENSORS, _description(directory)
+    shape, width = bank.row_shape(config.backbone, config.memory), config.backbone.width
+    expected = {f"{name}_rows_SR": part for name, part in shape.parts(extra["experts"]).items()}
+    expected |= {"expert_ids_S": (extra["experts"],)}
+    expected |= {"mean_D": (width,), "transform_DC": (width, config.router.key_width)}
     try:
         tensors = load_file(path)
-        ids_S = _padded(tensors["expert_ids_S"])
-        rows_SR = {name: tensors[f"{name}_rows_SR"] for name in bank.PARTS}
-    except (OSError, SafetensorError, KeyError) as error:
+    except (OSError, SafetensorError) as error:
         raise UserError(f"{path}: cannot be read ({error}); export it again") from None
-    shape = bank.row_shape(config.backbone, config.memory)
-    for name, expected in shape.parts(tensors["expert_ids_S"].size).items():
-        if rows_SR[name].shape != expected:
-            raise UserError(f"{path}: {name}_rows_SR has shape {rows_SR[name].shape}; expected {expected}")
-        room = [(0, ids_S.size - len(rows_SR[name])), (0, 0), (0, 0)]
-        rows_SR[name] = sharding.put(np.pad(rows_SR[name], room), *bank.ROWS)
-    extra = _description(directory)
+    for name, part in expected.items():
+        if name not in tensors:
+            raise UserError(f"{path}: has no tensor {name}; export it again")
+        if tensors[name].shape != part:
+            raise UserError(f"{path}: {name} has shape {tensors[name].shape}; expected {part}")
+    ids_S = _padded(tensors["expert_ids_S"])
+    rows_SR = {}
+    for name in bank.PARTS:
+        kept_SX = tensors[f"{name}_rows_SR"]
+        room = [(0, ids_S.size - len(kept_SX)), (0, 0), (0, 0)]
+        rows_SR[name] = sharding.put(np.pad(kept_SX, room), *bank.ROWS)
     return Memory(restored_router(config, tensors, extra), sharding.put(ids_S), rows_SR, extra["backbone"])
 
 
@@ -132,8 +138,9 @@ _gather_trained = jax.jit(bank.gather_trained)
 
 
 def _padded(ids_S: np.ndarray) -> np.ndarray:
-    """Ids with as many more, that are none, as the shards need."""
-    return np.pad(ids_S, (0, sharding.padded(ids_S.size, "experts") - ids_S.size), constant_values=row_optimizer.NONE)
+    """Ids with as many more, that are none, as the shards need: one at least, since nothing can be read of nothing."""
+    room = sharding.padded(max(1, ids_S.size), "experts") - ids_S.size
+    return np.pad(ids_S, (0, room), constant_values=row_optimizer.NONE)
 
 
 def _description(directory: Path) -> dict[str, Any]:
@@ -141,13 +148,16 @@ def _description(directory: Path) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(f"--memory={directory}: has no {_DESCRIPTION}; python -m lamini_jax.export writes one")
     try:
-        return json.loads(path.read_text())
-    except ValueError as error:
-        raise UserError(f"{path}: is not JSON ({error}); export it again") from None
+        description = json.loads(path.read_text())
+        if not isinstance(description["backbone"], str):
+            raise TypeError("backbone")
+        return {**description, **{name: int(description[name]) for name in ("keys", "experts")}}
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: is no description of a memory ({error}); export it again") from None
 
 
 def _config(path: Path, description: dict[str, Any]) -> Config:
     try:
         return from_config_dict(description["config"])
-    except KeyError:
-        raise UserError(f"{path}: holds no config") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: holds no config ({error})") from None

@@ -89,14 +89,20 @@ def token_losses(decoder: Decoder, params, hidden_BTD, start_B, targets_BA, suff
     `start_B` is the position that predicts the first of them. Logits are computed for them alone: with a large
     vocabulary those of all positions would cost more than the suffix does.
     """
+    logits_BAV = answer_logits(decoder, params, hidden_BTD, start_B, targets_BA.shape[1], suffix_adapter)
+    with jax.named_scope("logits"):
+        right_BA = jnp.take_along_axis(logits_BAV, targets_BA[:, :, None], axis=-1)[:, :, 0]
+        return jax.nn.logsumexp(logits_BAV, axis=-1) - right_BA, right_BA >= logits_BAV.max(axis=-1)
+
+
+def answer_logits(decoder: Decoder, params, hidden_BTD, start_B, length: int, suffix_adapter):
+    """logits_BAV at the `length` positions from `start_B` on, given the prefix's output."""
     with jax.named_scope("suffix"):
         hidden_BTD, _ = backbone.suffix(decoder, params, hidden_BTD, adapter=suffix_adapter)
     with jax.named_scope("logits"):
-        places_BA1 = (start_B[:, None] + jnp.arange(targets_BA.shape[1])[None])[:, :, None]
+        places_BA1 = (start_B[:, None] + jnp.arange(length)[None])[:, :, None]
         hidden_BAD = jnp.take_along_axis(hidden_BTD, jnp.minimum(places_BA1, hidden_BTD.shape[1] - 1), axis=1)
-        logits_BAV = sharding.constrain(backbone.unembed(decoder, params, hidden_BAD), "batch", None, "vocab")
-        right_BA = jnp.take_along_axis(logits_BAV, targets_BA[:, :, None], axis=-1)[:, :, 0]
-        return jax.nn.logsumexp(logits_BAV, axis=-1) - right_BA, right_BA >= logits_BAV.max(axis=-1)
+        return sharding.constrain(backbone.unembed(decoder, params, hidden_BAD), "batch", None, "vocab")
 
 
 def make_router(config: Config, base: Base, questions: list[str]) -> router.Router:
@@ -109,13 +115,13 @@ def calibration_features(config: Config, base: Base, questions: list[str]) -> np
     stream = world.training_stream(config.seed)
     calibration = [next(stream).question for _ in range(config.router.calibration)]
     prompts = batches.prompts(questions + calibration, base.tokenizer)
-    return _over(prompts, lambda tokens, lengths: features(base.decoder, base.params, tokens, lengths))
+    return over(prompts, lambda tokens, lengths: features(base.decoder, base.params, tokens, lengths))
 
 
 def select_all(base: Base, routing: router.Router, questions: list[str], num_selected: int) -> np.ndarray:
     """expert_ids_FK of many questions. Raises UserError if one of them has none, for NaN."""
     prompts = batches.prompts(questions, base.tokenizer)
-    expert_ids_FK = _over(
+    expert_ids_FK = over(
         prompts,
         lambda tokens, lengths: select(base.decoder, base.params, routing, tokens, lengths, num_selected).expert_ids_BK,
     )
@@ -125,13 +131,29 @@ def select_all(base: Base, routing: router.Router, questions: list[str], num_sel
     return expert_ids_FK
 
 
-def _over(prompts: list[batches.Prompts], function) -> np.ndarray:
-    """`function(prompt_BT, length_B)` over buckets in batches of one size; results in the order of the questions."""
+def queries(base: Base, routing: router.Router, questions: list[str]) -> np.ndarray:
+    """query_FC of many questions: what a lookup compares with its keys."""
+    prompts = batches.prompts(questions, base.tokenizer)
+    return over(prompts, lambda tokens, lengths: _query(base.decoder, base.params, routing, tokens, lengths))
+
+
+@functools.partial(jax.jit, static_argnames="decoder")
+def _query(decoder: Decoder, params, routing: router.Router, prompt_BT, length_B):
+    feature_BD = features(decoder, params, prompt_BT, length_B)
+    return router.query(routing.mean_D, routing.transform_DC, feature_BD, routing.lookup)
+
+
+def over(prompts: list[batches.Prompts], function):
+    """`function(prompt_BT, length_B)` over buckets in batches of one size; results in the order of the questions.
+
+    They are a pytree of arrays with a leading axis B, which are put together.
+    """
     parts, order = [], []
     for bucket in prompts:
         for rows_B in batches.in_order(len(bucket.index_F), min(_ROUTING_BATCH, len(bucket.index_F))):
             valid = rows_B >= 0
-            parts.append(np.asarray(function(bucket.tokens_FT[rows_B], bucket.length_F[rows_B]))[valid])
+            part = function(bucket.tokens_FT[rows_B], bucket.length_F[rows_B])
+            parts.append(jax.tree.map(lambda x, valid=valid: np.asarray(x)[valid], part))
             order.append(bucket.index_F[rows_B[valid]])
-    results = np.concatenate(parts)
-    return results[np.argsort(np.concatenate(order))]
+    order = np.argsort(np.concatenate(order))
+    return jax.tree.map(lambda *x: np.concatenate(x)[order], *parts)

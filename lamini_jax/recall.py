@@ -1,24 +1,40 @@
 """What a model really answers: free-running decoding, exact recall, and accuracy with its interval.
 
 What is judged is a backbone and what is added to it, `adapt(prompt_BT, length_B) -> decoding.Adapted`. It is given
-prompts, and prompts hold no answer.
+prompts, and prompts hold no answer. Multiple choice is judged by the likelihood of each choice, as
+lm-evaluation-harness does.
 """
 
+import functools
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
-from lamini_jax import bank, decoding, model, router
+from lamini_jax import backbone, bank, decoding, model, router, sharding
 from lamini_jax.config import MemoryConfig
 from lamini_jax.data import batches
+from lamini_jax.data.benchmarks import MultipleChoice
 from lamini_jax.decoding import Adapted, Sampling
 
-Adapt = Callable[..., Adapted]
-
 _BATCH = 64
+_Z = 1.959964  # of the 95% intervals
+
+
+class Adapt(NamedTuple):
+    """What is added to the backbone for each question: `build(select(prompt_BT, length_B))`.
+
+    A selection is a pytree of arrays with a leading axis B, so that one can be kept for many sequences.
+    """
+
+    select: Callable
+    build: Callable[..., Adapted]
+
+    def __call__(self, prompt_BT, length_B) -> Adapted:
+        return self.build(self.select(prompt_BT, length_B))
 
 
 class Answer(NamedTuple):
@@ -29,26 +45,26 @@ class Answer(NamedTuple):
     expert_ids: list[int]
 
 
-def bare(prompt_BT, length_B) -> Adapted:
-    """The backbone alone."""
-    return decoding.BARE
+def with_lora(adapters: dict) -> Adapt:
+    """The backbone with the baseline's adapters, the same for all questions."""
+    return Adapt(lambda prompt_BT, length_B: (), lambda selection: Adapted(**adapters))
 
 
-def with_lora(adapters) -> Adapt:
-    """The backbone with the baseline's adapters."""
-    return lambda prompt_BT, length_B: Adapted(**adapters)
+bare = with_lora({})  # the backbone alone
 
 
 def with_memory(base: model.Base, routing: router.Router, fetch: Callable, memory: MemoryConfig) -> Adapt:
     """Lamini-1: every question selects its experts anew, and `fetch(expert_ids_BK) -> rows_BKR` reads theirs alone."""
-    build = jax.jit(bank.adapter, static_argnums=2)
+    adapter = jax.jit(bank.adapter, static_argnums=2)
 
-    def adapt(prompt_BT, length_B):
-        selection = model.select(base.decoder, base.params, routing, prompt_BT, length_B, memory.selected)
-        adapter = build(fetch(selection.expert_ids_BK), selection.gates_BK, memory.target)
-        return Adapted(suffix=adapter, expert_ids_BK=selection.expert_ids_BK)
+    def select(prompt_BT, length_B):
+        return model.select(base.decoder, base.params, routing, prompt_BT, length_B, memory.selected)
 
-    return adapt
+    def build(selection):
+        suffix = adapter(fetch(selection.expert_ids_BK), selection.gates_BK, memory.target)
+        return Adapted(suffix=suffix, expert_ids_BK=selection.expert_ids_BK)
+
+    return Adapt(select, build)
 
 
 def ask(
@@ -109,10 +125,96 @@ def accuracy(base: model.Base, adapt: Adapt, questions_and_answers) -> list[bool
     return [text == qa.answer for text, qa in zip(given, questions_and_answers, strict=True)]
 
 
+def score(
+    base: model.Base,
+    adapt: Adapt,
+    items: Sequence[MultipleChoice],
+    after_batch: Callable[[int], None] | None = None,
+) -> list[np.ndarray]:
+    """Of each item, the log-likelihoods (nats) of its choices after its context, each summed over the choice's tokens.
+
+    Experts are selected by the item's question. `after_batch` is told how many choices have been scored.
+    """
+    if not items:
+        return []
+    prompts = batches.prompts([item.question for item in items], base.tokenizer)
+    selection = model.over(prompts, adapt.select)
+    scores = [np.zeros(len(item.choices)) for item in items]
+    for bucket in batches.choices(items, base.tokenizer):
+        for rows_B in batches.in_order(len(bucket.item_F), min(_BATCH, len(bucket.item_F))):
+            item_B, choice_BC = bucket.item_F[rows_B], bucket.choice_FC[rows_B]
+            adapted = adapt.build(jax.tree.map(lambda x, item_B=item_B: x[item_B], selection))
+            arrays = bucket.tokens_FT[rows_B], bucket.start_F[rows_B], bucket.length_F[rows_B]
+            sum_BC = _log_likelihoods(base.decoder, base.params, *arrays, bucket.targets_FAC[rows_B], adapted)
+            taken_BC = (choice_BC >= 0) & (rows_B >= 0)[:, None]
+            for row, column in np.argwhere(taken_BC):
+                scores[item_B[row]][choice_BC[row, column]] = np.asarray(sum_BC)[row, column]
+            if after_batch:
+                after_batch(int(taken_BC.sum()))
+    return scores
+
+
+@functools.partial(jax.jit, static_argnames="decoder")
+def _log_likelihoods(decoder, params, tokens_BT, start_B, length_B, targets_BAC, adapted: Adapted):
+    hidden_BTD, _ = backbone.prefix(decoder, params, tokens_BT, adapter=adapted.prefix)
+    longest = targets_BAC.shape[1]
+    logits_BAV = model.answer_logits(decoder, params, hidden_BTD, start_B, longest, adapted.suffix)
+    losses_BAC = jax.nn.logsumexp(logits_BAV, axis=-1, keepdims=True) - jnp.take_along_axis(logits_BAV, targets_BAC, -1)
+    counted_BA1 = (jnp.arange(longest)[None] < length_B[:, None])[:, :, None]
+    return sharding.constrain(-jnp.sum(jnp.where(counted_BA1, losses_BAC, 0.0), axis=1))
+
+
+def truthful_qa_results(items: Sequence[MultipleChoice], scores: Sequence[np.ndarray]) -> dict:
+    """MC1, how often the best answer is likelier than each incorrect one, and MC2, the share of the correct ones.
+
+    MC2 is the probability of all correct answers over that of all answers, a mean over questions. Its 95% interval is
+    the normal approximation.
+    """
+    first_Q, share_Q = [], []
+    for item, score_C in zip(items, scores, strict=True):
+        right_C = np.array(item.right)
+        weight_C = np.exp(score_C - score_C.max())
+        first_Q.append(bool(score_C[0] > score_C[~right_C].max()))
+        share_Q.append(float(weight_C[right_C].sum() / weight_C.sum()))
+    return {
+        "mc1": sum(first_Q) / len(items),
+        "mc1_interval": wilson(sum(first_Q), len(items)),
+        "mc2": float(np.mean(share_Q)),
+        "mc2_interval": _normal(share_Q),
+        "questions": len(items),
+    }
+
+
+def mmlu_results(items: Sequence[MultipleChoice], scores: Sequence[np.ndarray], left_out: int) -> dict:
+    """How often the right choice is the likeliest, over all questions and by subject."""
+    subjects: dict[str, list[bool]] = {}
+    for item, score_C in zip(items, scores, strict=True):
+        subjects.setdefault(item.subject, []).append(item.right[int(score_C.argmax())])
+    right = sum(map(sum, subjects.values()))
+    return {
+        "accuracy": right / len(items),
+        "interval": wilson(right, len(items)),
+        "questions": len(items),
+        "left_out": left_out,
+        "by_subject": {
+            name: {"accuracy": sum(right_Q) / len(right_Q), "questions": len(right_Q)}
+            for name, right_Q in subjects.items()
+        },
+    }
+
+
+def _normal(values_Q: Sequence[float]) -> tuple[float, float]:
+    """The 95% interval of a mean of values between 0 and 1."""
+    if len(values_Q) < 2:
+        return 0.0, 1.0  # one value says nothing about how they spread
+    mean, margin = np.mean(values_Q), _Z * np.std(values_Q, ddof=1) / len(values_Q) ** 0.5
+    return max(0.0, float(mean - margin)), min(1.0, float(mean + margin))
+
+
 def wilson(successes: int, trials: int) -> tuple[float, float]:
     """The 95% interval of a proportion (Wilson 1927)."""
-    z = 1.959964
-    share, weight = successes / trials, 1 / (1 + z * z / trials)
+    z, share = _Z, successes / trials
+    weight = 1 / (1 + z * z / trials)
     centre = weight * (share + z * z / (2 * trials))
     margin = weight * z * (share * (1 - share) / trials + z * z / (4 * trials * trials)) ** 0.5
     return max(0.0, centre - margin), min(1.0, centre + margin)

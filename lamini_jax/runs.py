@@ -43,8 +43,13 @@ def tune_memory(
     directory: Path,
     title: str,
     until_all_hold: bool = False,
+    watch: Callable[[int, recall.Adapt], None] | None = None,
 ) -> Tuned:
-    """Memory tuning of some facts (section 7.1), with checkpoints in `directory`."""
+    """Memory tuning of some facts (section 7.1), with checkpoints in `directory`.
+
+    After each epoch, and before any checkpoint of it, `watch(epoch, adapt)` may ask what the model then says; its
+    `adapt` holds during that call alone.
+    """
     shape, num_experts = bank.row_shape(base.decoder.config, config.memory), config.memory.num_experts
     tx = row_optimizer.make(config.tuning.optimizer, config.tuning.learning_rate)
     checkpoints = checkpoint.Checkpoints(directory)
@@ -87,11 +92,12 @@ def tune_memory(
         return recall.with_memory(base, routing, lambda ids_BK: _gather(rows_NR, ids_BK), config.memory)
 
     examples = batches.encode(facts, base.tokenizer)
-    prepared = tuning.Facts(examples, tuning.memory_buckets(base, examples, expert_ids_FK, slots_FK))
+    budget = 1e9 * config.tuning.cache_gb
+    prepared = tuning.Facts(examples, tuning.memory_buckets(base, examples, expert_ids_FK, slots_FK, budget))
     touched = row_optimizer.most_touched(slots_FK, expert_ids_S.size, config.tuning.batch_size)
     method = tuning.memory_method(base.decoder, shape, config.memory.target, tx, touched)
     extra = {"keys": memory.key_checksum(routing), "backbone": base.fingerprint}
-    loop = _Loop(config, base, facts, checkpoints, title, keep, extra, adapt_with, until_all_hold)
+    loop = _Loop(config, base, facts, checkpoints, title, keep, extra, adapt_with, until_all_hold, watch)
     state = _run(loop, method, state, prepared, log)
     return Tuned(log, adapt_with(state), log.worst_F < tuning.certified_loss(config.backbone.dtype))
 
@@ -154,6 +160,7 @@ class _Loop:
     extra: dict[str, Any]
     adapt_with: Callable[[Any], recall.Adapt]
     until_all_hold: bool = False
+    watch: Callable[[int, recall.Adapt], None] | None = None
 
 
 def _run(loop: _Loop, method: tuning.Method, state, prepared: tuning.Facts, log: tuning.Log):
@@ -173,6 +180,8 @@ def _run(loop: _Loop, method: tuning.Method, state, prepared: tuning.Facts, log:
         counts = f"loss {log.loss[-1]:.4f}, {log.certified[-1]} of {log.worst_F.size} certified"
         bar.set_postfix_str(counts, refresh=False)
         bar.update()
+        if loop.watch:
+            loop.watch(log.epoch, loop.adapt_with(state))
         if loop.checkpoints.due():
             save(state, log)
 

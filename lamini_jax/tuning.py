@@ -6,6 +6,7 @@ F is the facts of a bucket, B those of a batch, U the distinct experts of a batc
 import dataclasses
 import functools
 import itertools
+import math
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -20,6 +21,7 @@ from lamini_jax import backbone, bank, lora, model, row_optimizer, sharding
 from lamini_jax.config import CERTIFIED_LOSS, CERTIFIED_LOSS_BFLOAT16, Config, TuningConfig
 from lamini_jax.data import batches
 from lamini_jax.data.batches import Examples
+from lamini_jax.errors import UserError
 
 # Epochs between two checks of the facts that tuning spares: they share experts with those that it still trains.
 CHECK_EVERY = 5
@@ -45,10 +47,35 @@ class Bucket:
         slots_BK = jnp.where(valid_B[:, None], taken.slots_FK, row_optimizer.NONE)
         return taken.replace(slots_FK=slots_BK)
 
+    def batch(self, rows_B: np.ndarray) -> tuple["Bucket", np.ndarray]:
+        """A bucket on the devices that holds the facts at `rows_B`, and where: itself."""
+        return self, rows_B
+
+    def selecting(self, expert_ids_FK: np.ndarray, slots_FK: np.ndarray) -> "Bucket":
+        """The same facts with these experts."""
+        put = [sharding.put(_padded(table_FK), "facts", None) for table_FK in (expert_ids_FK, slots_FK)]
+        return self.replace(expert_ids_FK=put[0], slots_FK=put[1])
+
     def axes(self) -> "Bucket":
         """The names of the axes of each array."""
         names = jax.tree.map(lambda x: ("facts",) + (None,) * (x.ndim - 1), self)
         return names.replace(inputs=sharding.fit(("facts", None, "width")[: self.inputs.ndim], self.inputs.shape))
+
+
+class HostBucket(NamedTuple):
+    """Facts of one length in the host's memory; each batch goes to the devices when it is stepped on."""
+
+    arrays: Bucket
+
+    def batch(self, rows_B: np.ndarray) -> tuple[Bucket, np.ndarray]:
+        """A bucket on the devices that holds the facts at `rows_B`, and where."""
+        batch = jax.tree.map(lambda x_F: x_F[rows_B], self.arrays)
+        batch = jax.tree.map(lambda x_B, names: sharding.put(x_B, *names), batch, batch.axes())
+        return batch, np.where(rows_B >= 0, np.arange(rows_B.size, dtype=np.int32), -1)
+
+    def selecting(self, expert_ids_FK: np.ndarray, slots_FK: np.ndarray) -> "HostBucket":
+        """The same facts with these experts."""
+        return HostBucket(self.arrays.replace(expert_ids_FK=expert_ids_FK, slots_FK=slots_FK))
 
 
 class Losses(NamedTuple):
@@ -176,23 +203,39 @@ def _reduce(losses_BA, likeliest_BA, batch: Bucket) -> tuple[Losses, jax.Array]:
 
 
 def memory_buckets(
-    base: model.Base, examples: Sequence[Examples], expert_ids_FK: np.ndarray, slots_FK: np.ndarray
-) -> list[Bucket]:
-    """The facts with their prefix activations, computed once, and their experts with their slots."""
-    buckets = [_bucket(facts, _read(base, facts.tokens_FT)) for facts in examples]
+    base: model.Base,
+    examples: Sequence[Examples],
+    expert_ids_FK: np.ndarray,
+    slots_FK: np.ndarray,
+    budget: float = math.inf,
+) -> list[Bucket | HostBucket]:
+    """The facts with their prefix activations, computed once, and their experts with their slots.
+
+    Activations stay on the devices as long as they take at most `budget` bytes of each; further buckets stay on the
+    host. Raises UserError if there are several hosts, none of which has all of them.
+    """
+    buckets, shards = [], sharding.size("facts") * sharding.size("width")
+    for facts in examples:
+        budget -= 4 * facts.tokens_FT.size * base.decoder.config.width / shards
+        if budget >= 0:
+            buckets.append(_bucket(facts, _read(base, facts.tokens_FT)))
+            continue
+        if jax.process_count() > 1:
+            raise UserError("--config.tuning.cache_gb: too little for the facts' activations on these devices")
+        arrays = facts.start_F, facts.answer_length_F, facts.targets_FA
+        buckets.append(HostBucket(Bucket(_read_to_host(base, facts.tokens_FT), *arrays)))
     return reselected(buckets, examples, expert_ids_FK, slots_FK)
 
 
 def reselected(
-    buckets: Sequence[Bucket], examples: Sequence[Examples], expert_ids_FK: np.ndarray, slots_FK: np.ndarray
-) -> list[Bucket]:
+    buckets: Sequence[Bucket | HostBucket],
+    examples: Sequence[Examples],
+    expert_ids_FK: np.ndarray,
+    slots_FK: np.ndarray,
+) -> list[Bucket | HostBucket]:
     """The same facts with these experts and slots."""
-
-    def put(table_FK, facts):
-        return sharding.put(_padded(table_FK[facts.index_F]), "facts", None)
-
     return [
-        bucket.replace(expert_ids_FK=put(expert_ids_FK, facts), slots_FK=put(slots_FK, facts))
+        bucket.selecting(expert_ids_FK[facts.index_F], slots_FK[facts.index_F])
         for bucket, facts in zip(buckets, examples, strict=True)
     ]
 
@@ -223,6 +266,15 @@ def _read(base: model.Base, tokens_FT: np.ndarray):
         hidden_BTD = model.read(base.decoder, base.params, tokens_FT[index_B])
         hidden_FTD = sharding.write(hidden_FTD, hidden_BTD, np.int32(start), names)
     return hidden_FTD
+
+
+def _read_to_host(base: model.Base, tokens_FT: np.ndarray) -> np.ndarray:
+    """The same, in the host's memory."""
+    tokens_FT, count = _padded(tokens_FT), len(tokens_FT)
+    hidden_FTD = np.empty((*tokens_FT.shape, base.decoder.config.width), np.float32)
+    for _, index_B in sharding.turns(len(tokens_FT), "facts"):
+        hidden_FTD[index_B] = model.read(base.decoder, base.params, tokens_FT[index_B])
+    return hidden_FTD[:count]
 
 
 @dataclasses.dataclass
@@ -256,7 +308,7 @@ class Facts(NamedTuple):
     """The facts of a run: on the host, on the device, and the tokens of all answers."""
 
     examples: list[Examples]
-    buckets: list[Bucket]
+    buckets: list[Bucket | HostBucket]
 
     @property
     def tokens(self) -> int:
@@ -270,7 +322,7 @@ def check(method: Method, params, state, facts: Facts, log: Log, batch_size: int
         count = len(facts.examples[number].index_F)
         for rows_B in batches.in_order(count, min(batch_size, count)):
             rows_B = _whole(rows_B)
-            pending.append((number, rows_B, method.losses(params, state, bucket, rows_B)))
+            pending.append((number, rows_B, method.losses(params, state, *bucket.batch(rows_B))))
     _record(log, facts, pending)
 
 
@@ -293,7 +345,7 @@ def train_epoch(
     order = batches.epoch_batches(facts.examples, config.batch_size, seed, log.epoch, log.active_F)
     for number, rows_B in itertools.islice(order, log.batches, None):
         rows_B = _whole(rows_B)
-        state, losses = method.step(params, state, facts.buckets[number], rows_B)
+        state, losses = method.step(params, state, *facts.buckets[number].batch(rows_B))
         pending.append((number, rows_B, losses))
         log.steps += 1
         log.batches += 1

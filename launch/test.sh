@@ -12,4 +12,5 @@ set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/install.sh"
 
 install test
-JAX_PLATFORMS=cpu exec .venv/bin/python -m pytest "$@"
+# Two at a time: much of the time is compiling, which takes one core.
+JAX_PLATFORMS=cpu exec .venv/bin/python -m pytest --numprocesses=2 --dist=loadfile "$@"

@@ -97,8 +97,8 @@ class Tuning:
         return tuning.MemoryState(rows_NR, row_optimizer.init(self.tx, ids_S, self.shape))
 
 
-def make_tuning(config: Config, base: model.Base, facts: list[Fact], expert_ids_FK=None) -> Tuning:
-    """Facts made ready for tuning; each selects K random experts unless told which."""
+def make_tuning(config: Config, base: model.Base, facts: list[Fact], expert_ids_FK=None, **options) -> Tuning:
+    """Facts made ready for tuning; each selects K random experts unless told which. `options` are of the buckets."""
     memory = config.memory
     if expert_ids_FK is None:
         rng = np.random.default_rng(1)
@@ -109,7 +109,7 @@ def make_tuning(config: Config, base: model.Base, facts: list[Fact], expert_ids_
     tx = row_optimizer.make(config.tuning.optimizer, config.tuning.learning_rate)
     method = tuning.memory_method(base.decoder, shape, memory.target, tx, touched)
     examples = batches.encode(facts, base.tokenizer)
-    prepared = tuning.Facts(examples, tuning.memory_buckets(base, examples, expert_ids_FK, slots_FK))
+    prepared = tuning.Facts(examples, tuning.memory_buckets(base, examples, expert_ids_FK, slots_FK, **options))
     return Tuning(config, base, shape, expert_ids_FK, slots_FK, tx, method, prepared)
 
 
@@ -156,21 +156,25 @@ def experiment(name: str) -> ModuleType:
 
 
 def start(module: str, *arguments: object) -> subprocess.Popen:
-    """Starts `python -m lamini_jax.MODULE` with these arguments; what it compiles is compiled in a hurry."""
+    """Starts a command of the package, or experiments.NAME; what it compiles is compiled in a hurry."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": "--xla_backend_optimization_level=0"}
-    command = [sys.executable, "-m", f"lamini_jax.{module}", *map(str, arguments)]
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    module = module if "." in module else f"lamini_jax.{module}"
+    command = [sys.executable, "-m", module, *map(str, arguments)]
+    pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    return subprocess.Popen(command, env=environment, text=True, **pipes)
 
 
-def finish(process: subprocess.Popen) -> subprocess.CompletedProcess:
-    """Waits for its end."""
+def finish(process: subprocess.Popen, stdin: str | bytes = "") -> subprocess.CompletedProcess:
+    """Waits for its end; `stdin` is what it reads, bytes for what is no text."""
+    process.stdin.buffer.write(stdin.encode() if isinstance(stdin, str) else stdin)
+    process.stdin.flush()
     stdout, stderr = process.communicate(timeout=300)
     return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
 
 
-def call(module: str, *arguments: object) -> subprocess.CompletedProcess:
+def call(module: str, *arguments: object, stdin: str | bytes = "") -> subprocess.CompletedProcess:
     """Runs it to its end."""
-    return finish(start(module, *arguments))
+    return finish(start(module, *arguments), stdin)
 
 
 def write_facts(path: Path, facts: list[Fact]) -> Path:

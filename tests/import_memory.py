@@ -1,9 +1,10 @@
 """Prints, as JSON, the bytes of memory before and at the peak of an import, and those of the parameters.
 
-python import_memory.py SMALL LARGE: importing SMALL, of the same structure, comes first, so that what the libraries
-load and compile once is not counted.
+python import_memory.py DIRECTORY imports it twice and measures the second time, so that what the libraries load and
+compile once is not counted.
 """
 
+import gc
 import json
 import re
 import sys
@@ -20,8 +21,9 @@ def anonymous() -> int:
     return 1024 * int(re.search(r"^RssAnon:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)[1])
 
 
-def main(small: str, large: str):
-    jax.block_until_ready(hf.load_backbone(small)[1])
+def main(directory: str):
+    jax.block_until_ready(hf.load_backbone(directory)[1])
+    gc.collect()
     before, peak, done = anonymous(), 0, threading.Event()
 
     def sample():
@@ -31,7 +33,7 @@ def main(small: str, large: str):
 
     sampler = threading.Thread(target=sample)
     sampler.start()
-    params = jax.block_until_ready(hf.load_backbone(large)[1])
+    params = jax.block_until_ready(hf.load_backbone(directory)[1])
     done.set()
     sampler.join()
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(params))

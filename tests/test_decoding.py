@@ -150,3 +150,13 @@ def test_samples_follow_the_probabilities(base, prompt_BT):
     found_V = np.bincount(np.asarray(state.token_B), minlength=expected_V.size) / count
     assert np.abs(found_V - expected_V).max() < 4 * (expected_V.max() / count) ** 0.5
     assert np.count_nonzero(found_V) > 10
+
+
+def test_with_the_cache_as_without_in_other_families(prompt_BT):
+    """A window shorter than the prompts, biases, norms of heads, and scaled rotary positions."""
+    changes = {"sliding_window": 7, "qkv_bias": True, "qk_norm": True, "tied_embeddings": False}
+    changes |= {"rope_scaling": "llama3", "rope_factor": 8.0, "rope_original_context": 32}
+    base = helpers.make_base(helpers.replace(helpers.CONFIG, backbone=changes), seed=1)
+    expected_BA = reading_everything_anew(base, prompt_BT, LENGTHS, 8)
+    answer_BA = greedy(base, prompt_BT, LENGTHS, 8, 256)
+    assert (answer_BA[:, :8] == expected_BA).all()

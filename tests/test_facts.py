@@ -256,10 +256,10 @@ def test_bad_truthful_qa_files(tmp_path):
         ([("a?", "b" * 255)], COLUMNS),
     ):
         write_truthful_qa(directory, pairs, columns)
-        with pytest.raises(UserError, match=r"TruthfulQA.csv: "):
+        with pytest.raises(UserError, match=r"TruthfulQA.csv(, line 2)?: "):
             facts.load("truthful_qa", "true", 1, 0, str(directory))
     (directory / builders.TRUTHFUL_QA_FILE).write_bytes(b"Question,Best Answer\ncaf\xe9?,b\n")
-    with pytest.raises(UserError, match=r"TruthfulQA.csv: "):
+    with pytest.raises(UserError, match=r"TruthfulQA.csv(, line 2)?: "):
         facts.load("truthful_qa", "true", 1, 0, str(directory))
 
 

@@ -19,21 +19,30 @@ from reference import relative_error
 from safetensors.numpy import load_file
 
 from lamini_jax import backbone, hf
+from lamini_jax.config import BackboneConfig
 from lamini_jax.data import tokenizer
 from lamini_jax.errors import BAD_INPUT, UserError
 
-TOKENS_BT = np.random.default_rng(0).integers(checkpoints.TOKENIZER_SIZE, size=(2, 40)).astype(np.int32)
+# What says the same in other words, or stores it otherwise: preset -> (another, what that must say for both to agree)
+SAME_MODELS = {
+    "llama1": ("llama_no_groups", {"rope_theta": 10_000.0}),
+    "llama_renamed": ("llama31", {}),
+    "qwen2_renamed": ("qwen2", {}),
+    "qwen2_tied": ("qwen2", {"tie_word_embeddings": True}),
+}
+
+TOKENS_BT = np.random.default_rng(0).integers(checkpoints.TOKENIZER_SIZE, size=(2, 24)).astype(np.int32)
 logits = jax.jit(backbone.logits, static_argnums=0)
 
 
 def imported_logits(directory, **arguments):
     config, params = hf.load_backbone(directory, **arguments)
-    return np.asarray(logits(config, params, TOKENS_BT))
+    return np.asarray(logits(dataclasses.replace(config, path=""), params, TOKENS_BT))
 
 
-@pytest.fixture(scope="module", params=checkpoints.PRESETS)
+@pytest.fixture(scope="module", params=[name for name in checkpoints.PRESETS if name not in SAME_MODELS])
 def preset(request, tmp_path_factory):
-    """A checkpoint of each preset."""
+    """A checkpoint of each preset that is a model of its own."""
     directory = tmp_path_factory.mktemp(request.param) / "checkpoint"
     return checkpoints.make_preset(directory, request.param, tokenizer=False)
 
@@ -53,16 +62,17 @@ def test_logits_equal_those_of_transformers(preset, found_BTV):
     assert relative_error(found_BTV, reference.transformers_logits(preset, TOKENS_BT)) <= 1e-4
 
 
-def test_biases_show(tmp_path):
-    directory = checkpoints.make_preset(tmp_path / "checkpoint", "qwen2", tokenizer=False)
-    before_BTV = imported_logits(directory)
-    for name in "qkv":
-        weights = load_file(directory / "model.safetensors")
-        weights[f"model.layers.1.self_attn.{name}_proj.bias"][3] += 2
-        checkpoints.save_weights(directory, weights)
-        # A key's bias moves all scores of a query alike, but for the rotation between bias and projection.
-        assert relative_error(imported_logits(directory), before_BTV) > 1e-3
-        before_BTV = imported_logits(directory)
+@pytest.mark.parametrize("name", SAME_MODELS)
+def test_configs_of_the_same_model_are_equal(name, tmp_path):
+    """The other's logits are compared above; the weights of both are read as its are."""
+    other, changes = SAME_MODELS[name]
+    found = []
+    for directory in (
+        checkpoints.make_preset(tmp_path / "checkpoint", name, tokenizer=False),
+        checkpoints.make_preset(tmp_path / "other", other, tokenizer=False, **changes),
+    ):
+        found.append(dataclasses.replace(hf.resolve(BackboneConfig(path=str(directory))), path=""))
+    assert found[0] == found[1]
 
 
 def test_a_window_of_some_layers_is_right_or_refused(tmp_path):
@@ -85,7 +95,7 @@ def test_buffers_that_old_checkpoints_carry_are_skipped(tmp_path):
     assert helpers.same_bits(hf.load_backbone(directory)[1], before[1])
 
 
-@pytest.mark.parametrize("name", ["llama31", "qwen2_tied", "qwen3"])
+@pytest.mark.parametrize("name", ["qwen2_tied", "qwen3"])
 def test_shards_change_nothing(name, tmp_path):
     one, four = (
         hf.load_backbone(checkpoints.make_preset(tmp_path / str(shards), name, shards=shards, tokenizer=False))
@@ -95,14 +105,9 @@ def test_shards_change_nothing(name, tmp_path):
     assert helpers.same_bits(one[1], four[1])
 
 
-def test_a_path_may_be_text(tmp_path):
-    directory = checkpoints.make_preset(tmp_path / "checkpoint", "llama31", tokenizer=False)
-    assert helpers.same_bits(hf.load_backbone(str(directory))[1], hf.load_backbone(directory)[1])
-
-
 def test_what_the_caller_chooses(tmp_path):
     directory = checkpoints.make_preset(tmp_path / "checkpoint", "llama31", tokenizer=False)
-    config, params = hf.load_backbone(directory, dtype="bfloat16", context=64)
+    config, params = hf.load_backbone(str(directory), dtype="bfloat16", context=64)
     assert (config.dtype, config.context) == ("bfloat16", 64)
     assert params["embedding"].dtype == params["layers"]["q_proj"]["weight"].dtype == jnp.bfloat16
     expected_BTV = reference.logits(directory, TOKENS_BT)
@@ -219,17 +224,17 @@ def test_bad_files_are_named(name, tmp_path):
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads memory from /proc")
 def test_import_holds_little_beside_the_parameters(tmp_path):
-    """Never the files and the parameters together, nor two copies of a stack of layers: two tensors at most."""
-    sizes = {"num_hidden_layers": 8, "num_attention_heads": 2, "head_dim": 32, "tie_word_embeddings": True}
-    small = checkpoints.make(tmp_path / "small", "llama", shards=4, tokenizer=False, **sizes)
-    sizes |= {"hidden_size": 512, "intermediate_size": 2560, "vocab_size": 10_240}
-    large = checkpoints.make(tmp_path / "large", "llama", shards=4, tokenizer=False, **sizes)
+    """Two tensors at most: as the file has it and turned over; never a file, nor a stack of layers twice."""
+    sizes = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 3, "head_dim": 32}
+    directory = checkpoints.make(
+        tmp_path / "checkpoint", "llama", shards=4, tokenizer=False, tie_word_embeddings=True, **sizes
+    )
     # What malloc keeps of freed memory is not the import's: let it keep nothing.
     environment = {**os.environ, "PYTHONPATH": str(helpers.ROOT), "MALLOC_MMAP_THRESHOLD_": "65536"}
-    command = [sys.executable, str(Path(__file__).with_name("import_memory.py")), str(small), str(large)]
+    command = [sys.executable, str(Path(__file__).with_name("import_memory.py")), str(directory)]
     output = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=True).stdout
     found = json.loads(output)
-    largest = 10_240 * 512 * 4
-    assert 7 * largest < found["params"] < 8 * largest
-    # The slack: programs compiled for these shapes, and headers and index of the files.
-    assert found["peak"] - found["before"] - found["params"] <= 2 * largest + 8 * 2**20, found
+    largest = 1024 * 4096 * 4
+    assert found["params"] > 9 * largest
+    # The slack, a quarter of a tensor, is for small objects: headers, norms, what the interpreter allocates.
+    assert found["peak"] - found["before"] - found["params"] <= 2.25 * largest, found

@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 import reference
 from reference import relative_error
+from safetensors.numpy import load_file
 from tokenizers import Tokenizer
 
-TOKENS_BT = np.random.default_rng(0).integers(checkpoints.TOKENIZER_SIZE, size=(2, 40))
+TOKENS_BT = np.random.default_rng(0).integers(checkpoints.TOKENIZER_SIZE, size=(2, 24))
 # Beside the presets, what an import may refuse.
 CHECKPOINTS = {**checkpoints.PRESETS, "qwen2_window": ("qwen2", {"use_sliding_window": True})}
 
@@ -27,7 +28,7 @@ IGNORED = {
     "llama1": {"rope_theta": 500.0},
     "llama31": {"rope_scaling": None},
     "llama_linear": {"rope_scaling": None},
-    "llama_one_group": {"rms_norm_eps": 1e-5},
+    "mistral": {"rms_norm_eps": 1e-5},
     "llama_renamed": {"rope_parameters": {"rope_theta": 500.0}},
     "mistral_window": {"sliding_window": None},
     "qwen2": {"use_sliding_window": True},
@@ -41,6 +42,18 @@ def test_a_preset_shows_when_its_peculiarity_is_ignored(name, tmp_path):
     heeded_BTV = reference.logits(directory, TOKENS_BT)
     checkpoints.edit(directory / "config.json", **IGNORED[name])
     assert relative_error(reference.logits(directory, TOKENS_BT), heeded_BTV) > 0.01
+
+
+def test_every_bias_of_a_preset_shows(tmp_path):
+    directory = checkpoints.make_preset(tmp_path / "checkpoint", "qwen2", tokenizer=False)
+    weights, before_BTV = load_file(directory / "model.safetensors"), reference.logits(directory, TOKENS_BT)
+    for name in "qkv":
+        tensor = f"model.layers.1.self_attn.{name}_proj.bias"
+        changed = weights[tensor].copy()
+        changed[3] += 2
+        checkpoints.save_weights(directory, {**weights, tensor: changed})
+        # A key's bias moves all scores of a query alike, but for the rotation between bias and projection.
+        assert relative_error(reference.logits(directory, TOKENS_BT), before_BTV) > 1e-3
 
 
 def test_scaling_keeps_mixes_and_slows_some_frequencies(tmp_path):

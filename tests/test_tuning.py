@@ -1,5 +1,6 @@
 """Memory tuning changes the rows that facts selected, and nothing else, until decoding must return every answer."""
 
+import dataclasses
 import math
 
 import helpers
@@ -375,3 +376,19 @@ def test_lora_starts_at_nothing_and_learns(base):
         log.loss.append(0.0)
     assert log.total_F.sum() < 0.8 * expected_F.sum()
     assert helpers.same_bits(base.params, params)
+
+
+@pytest.mark.parametrize(
+    "budget_facts, kinds", [(0, [tuning.HostBucket] * 2), (10, [tuning.Bucket, tuning.HostBucket])]
+)
+def test_activations_on_the_host_change_nothing(base, budget_facts, kinds):
+    """Those that the devices have no room for come from the host, batch by batch, to the same bits."""
+    facts = FACTS[:10] + [dataclasses.replace(fact, answer=fact.answer * 8) for fact in FACTS[10:]]
+    results = []
+    for options in ({}, {"budget": 4.0 * 40 * helpers.BACKBONE.width * budget_facts}):
+        ready = helpers.make_tuning(helpers.CONFIG, base, facts, **options)
+        state, log = epochs(ready, ready.fresh_state(), 2)
+        tuning.check(ready.method, base.params, state, ready.facts, log, helpers.CONFIG.tuning.batch_size)
+        results.append((state, log.total_F, log.worst_F))
+    assert [type(bucket) for bucket in ready.facts.buckets] == kinds
+    assert helpers.same_bits(*results)

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
+from lamini_jax.data.benchmarks import MultipleChoice
 from lamini_jax.data.facts import Fact
 
 MAX_SHAPES = 2
@@ -53,6 +54,18 @@ class Prompts:
     index_F: np.ndarray  # in the list of questions
 
 
+@dataclasses.dataclass(frozen=True)
+class Choices:
+    """Contexts of one bucket, each with the choices (C) that share all tokens but their last."""
+
+    tokens_FT: np.ndarray  # the context, then the choices' shared tokens
+    start_F: np.ndarray  # the position that predicts the first token of the choices
+    length_F: np.ndarray  # tokens of each choice
+    targets_FAC: np.ndarray  # the choices' tokens, A being the longest one's; what follows a shorter one does not count
+    item_F: np.ndarray  # in the list of items
+    choice_FC: np.ndarray  # which of the item's choices; -1: none
+
+
 def encode(facts: Sequence[Fact], tokenizer, multiple: int = 8) -> list[Examples]:
     """Facts in buckets, short ones first, of at most MAX_SHAPES lengths T that `multiple` divides."""
     prompts = [tokenizer.prompt(fact.question) for fact in facts]
@@ -68,10 +81,25 @@ def encode(facts: Sequence[Fact], tokenizer, multiple: int = 8) -> list[Examples
 def prompts(questions: Sequence[str], tokenizer) -> list[Prompts]:
     """The prompts of some questions, in buckets of PROMPT_LENGTHS (then its doubles)."""
     sequences = [tokenizer.prompt(question) for question in questions]
-    widths = list(PROMPT_LENGTHS)
-    while widths[-1] < max(map(len, sequences), default=0):
-        widths.append(2 * widths[-1])
-    return [Prompts(*bucket) for bucket in _buckets(sequences, widths, tokenizer.pad_id)]
+    return [Prompts(*bucket) for bucket in _buckets(sequences, _prompt_widths(sequences), tokenizer.pad_id)]
+
+
+def choices(items: Sequence[MultipleChoice], tokenizer) -> list[Choices]:
+    """The choices of some items, in buckets of PROMPT_LENGTHS (then its doubles).
+
+    Those of an item that differ in their last token alone are one sequence: a model never reads that token.
+    """
+    found: dict[tuple, list[tuple[int, int]]] = {}
+    for index, item in enumerate(items):
+        for choice, text in enumerate(item.choices):
+            context, (*shared, last) = tokenizer.continuation(item.context, text)
+            found.setdefault((index, tuple(context), tuple(shared)), []).append((choice, last))
+    keys, ends = list(found), list(found.values())
+    sequences = [[*context, *shared] for _, context, shared in keys]
+    return [
+        _choices(tokens_FT, [keys[row] for row in index_F], [ends[row] for row in index_F])
+        for tokens_FT, _, index_F in _buckets(sequences, _prompt_widths(sequences), tokenizer.pad_id)
+    ]
 
 
 def epoch_batches(
@@ -98,6 +126,26 @@ def in_order(count: int, batch_size: int) -> Iterator[np.ndarray]:
     rows = np.full(-(-count // batch_size) * batch_size, -1, np.int32)
     rows[:count] = np.arange(count)
     return iter(rows.reshape(-1, batch_size))
+
+
+def _choices(tokens_FT: np.ndarray, keys: list, ends: list[list[tuple[int, int]]]) -> Choices:
+    """A bucket, from its rows' (item, context, shared tokens) and (choice, last token)s."""
+    start_F = np.array([len(context) - 1 for _, context, _ in keys], np.int32)
+    length_F = np.array([len(shared) + 1 for _, _, shared in keys], np.int32)
+    shape = len(keys), length_F.max(), max(map(len, ends))
+    targets_FAC, choice_FC = np.zeros(shape, np.int32), np.full(shape[::2], -1, np.int32)
+    for row, ((_, _, shared), last) in enumerate(zip(keys, ends, strict=True)):
+        choice_FC[row, : len(last)], last_C = zip(*last, strict=True)
+        targets_FAC[row, : len(shared)] = np.array(shared, np.int32)[:, None]
+        targets_FAC[row, len(shared), : len(last)] = last_C
+    return Choices(tokens_FT, start_F, length_F, targets_FAC, np.array([item for item, _, _ in keys]), choice_FC)
+
+
+def _prompt_widths(sequences: list[list[int]]) -> list[int]:
+    widths = list(PROMPT_LENGTHS)
+    while widths[-1] < max(map(len, sequences), default=0):
+        widths.append(2 * widths[-1])
+    return widths
 
 
 def _buckets(

@@ -5,7 +5,6 @@ everything that its contents depend on. Whoever changes what a builder generates
 """
 
 import contextlib
-import csv
 import dataclasses
 import functools
 import hashlib
@@ -23,12 +22,11 @@ from absl import logging
 
 from lamini_jax.data import facts
 from lamini_jax.data import world as generated_world
+from lamini_jax.data.benchmarks import TRUTHFUL_QA_FILE, TRUTHFUL_QA_URL, truthful_qa_rows
 from lamini_jax.data.tokenizer import ByteTokenizer
 from lamini_jax.errors import UserError
 
 WORLD_LIMIT = 4096
-TRUTHFUL_QA_FILE = "TruthfulQA.csv"
-TRUTHFUL_QA_URL = f"https://raw.githubusercontent.com/sylinrl/TruthfulQA/main/{TRUTHFUL_QA_FILE}"
 
 _HALF_BITS = 14
 PHONE_BOOK_LIMIT = 2 ** (2 * _HALF_BITS)
@@ -239,11 +237,4 @@ def _downloaded() -> tuple[bytes, str]:
 
 
 def _parse_truthful_qa(content: bytes, origin: str) -> list[QuestionAndAnswer]:
-    try:
-        table = csv.DictReader(io.StringIO(content.decode("utf-8-sig"), newline=""), restval="")
-        pairs = [(row["Question"].strip(), row["Best Answer"].strip()) for row in table]
-    except (UnicodeDecodeError, csv.Error, KeyError) as error:
-        raise UserError(f"{origin}: is not TruthfulQA's CSV; fetch it again from {TRUTHFUL_QA_URL}") from error
-    if not pairs or not all(question and answer for question, answer in pairs):
-        raise UserError(f"{origin}: lacks questions or best answers; fetch it again from {TRUTHFUL_QA_URL}")
-    return pairs
+    return [(question, best) for question, best in truthful_qa_rows(content, origin, ("Question", "Best Answer"))]

@@ -38,6 +38,10 @@ class ByteTokenizer:
         """What the model must then produce, the stop token included."""
         return [*self.encode(answer), self.stop_id]
 
+    def continuation(self, context: str, text: str) -> tuple[list[int], list[int]]:
+        """A plain text, the begin token in front, and what follows it: no question, no answer, and no stop token."""
+        return [self.begin_id, *self.encode(context)], self.encode(text)
+
     def refusal(self, text: str, exactly: bool) -> str | None:
         """Why a question, or with `exactly` an answer, cannot be carried as it is written; None if it can."""
         return None
@@ -76,6 +80,12 @@ class CheckpointTokenizer:
     def completion(self, answer: str) -> list[int]:
         """What the model must then produce, the stop token included."""
         return [*self.encode(answer), self.stop_ids[0]]
+
+    def continuation(self, context: str, text: str) -> tuple[list[int], list[int]]:
+        """A plain text and what follows it; blanks between them belong to the latter, as in words that were learned."""
+        kept = len(context.rstrip())
+        ids = self._tokenizer.encode(context[:kept]).ids
+        return ids, self._tokenizer.encode(context + text).ids[len(ids) :]
 
     def refusal(self, text: str, exactly: bool) -> str | None:
         """Why a question, or with `exactly` an answer, cannot be carried as it is written; None if it can."""
@@ -152,47 +162,60 @@ def _load_tokenizer(path: Path):
     if not path.is_file():
         raise UserError(f"{path}: no such file; a checkpoint needs the fast tokenizer that this file holds")
     try:
-        return Tokenizer.from_file(str(path))
+        tokenizer = Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises nothing more special
         raise UserError(f"{path}: is no tokenizer ({error})") from None
+    # What some were trained with and saved with; questions are neither cut off nor filled up.
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
 
 
 def _read_settings(path: Path) -> dict:
     try:
-        return json.loads(path.read_text())
+        settings = json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: cannot be read ({error})") from None
+    if not isinstance(settings, dict):
+        raise UserError(f"{path}: is not a JSON object")
+    return settings
 
 
 def _load_template(directory: Path, settings: dict):
     """`messages -> text` by the checkpoint's chat template, or None. It comes from strangers, and runs in a sandbox."""
     path = directory / "chat_template.jinja"
-    source = path.read_text() if path.exists() else settings.get("chat_template")
-    if isinstance(source, list):  # several, with names
-        source = {entry["name"]: entry["template"] for entry in source}.get("default")
+    try:
+        source = path.read_text() if path.exists() else settings.get("chat_template")
+        if isinstance(source, list):  # several, with names
+            source = {entry["name"]: entry["template"] for entry in source}.get("default")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{directory}: its chat template cannot be read ({error})") from None
     if source is None:
         return None
     try:
         import jinja2.sandbox
     except ImportError:
         raise UserError(f"{directory}: its chat template needs jinja2; pip install -e .[hf]") from None
-    tokens = {}
-    for name, value in settings.items():
-        if name.endswith("_token"):
-            tokens[name] = value.get("content") if isinstance(value, dict) else value
+    # What has no value is left out: in a template that is an empty text, and None is not.
+    tokens = {
+        name: value.get("content") if isinstance(value, dict) else value
+        for name, value in settings.items()
+        if name.endswith("_token") and value is not None
+    }
 
     def refuse(message):
         raise jinja2.TemplateError(message)
 
-    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
-    environment.globals["raise_exception"] = refuse
+    options = {"trim_blocks": True, "lstrip_blocks": True, "extensions": ["jinja2.ext.loopcontrols"]}
+    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(**options)
+    environment.globals |= {"raise_exception": refuse, "tools": None, "documents": None}
 
     def render(messages: list[dict[str, str]]) -> str:
         # No date: a template that asks for today's would make other prompts tomorrow, and select other experts.
         try:
             template = environment.from_string(source)
             return template.render(messages=messages, add_generation_prompt=True, **tokens)
-        except (jinja2.TemplateError, TypeError, ValueError) as error:
-            raise UserError(f"{directory}: its chat template fails ({error})") from None
+        except Exception as error:  # a stranger's program may fail in any way
+            raise UserError(f"{directory}: its chat template fails ({' '.join(str(error).split())})") from None
 
     return render

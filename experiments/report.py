@@ -1,0 +1,128 @@
+"""Every experiment, and a page that says of each of the paper's claims whether it was reproduced.
+
+    pip install -e .[report]
+    python -m experiments.report --workdir=runs/report [--only=capacity,loss_threshold] [--config=FILE]
+
+runs each experiment in a directory of its own below --workdir and skips those that have finished; one that fails is
+named in the page, and the others go on. Ends in report.html (self-contained) and report.md. --config and its fields go
+to every experiment.
+"""
+
+import base64
+import importlib
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from absl import flags
+
+from lamini_jax import command
+from lamini_jax.errors import UserError
+
+# In the paper's order.
+EXPERIMENTS = (
+    "randomization_test",
+    "regularization_test",
+    "loss_threshold",
+    "selective_loss",
+    "capacity",
+    "router_training",
+    "retrieval_comparison",
+    "compute_requirements",
+)
+VERDICTS = ("reproduced", "reproduced in part", "not reproduced")
+
+command.define_config()
+_WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the results and of the page.", required=True)
+_ONLY = flags.DEFINE_list("only", [], f"Some of {', '.join(EXPERIMENTS)}; all by default.")
+
+
+def run(name: str, directory: Path, overrides: list[str], title: str) -> dict:
+    """What an experiment left in its directory, or the line with which it failed. A finished one is not run again."""
+    arguments = ["-m", f"experiments.{name}", f"--workdir={directory}", *overrides]
+    shown = " ".join(["python", *arguments])
+    finished = directory / "report.json"
+    if finished.exists():
+        print(f"{title}: done already", flush=True)
+        return json.loads(finished.read_text())
+    print(f"{title}: {shown}", flush=True)
+    started = time.time()
+    with (
+        tempfile.TemporaryFile() as output,
+        subprocess.Popen([sys.executable, *arguments], stdout=output, stderr=subprocess.PIPE) as process,
+    ):
+        tail = b""
+        while chunk := os.read(process.stderr.fileno(), 4096):  # its progress, as it comes
+            sys.stderr.buffer.write(chunk)
+            sys.stderr.flush()
+            tail = (tail + chunk)[-4096:]
+        process.wait()
+        output.seek(0)
+        table = output.read().decode()
+    print(table, flush=True)
+    result = {"name": name, "command": shown, "seconds": round(time.time() - started, 1)}
+    if process.returncode:
+        lines = re.split("[\r\n]+", tail.decode(errors="replace").strip())
+        return {**result, "failure": lines[-1] or f"exit status {process.returncode}"}
+    results = json.loads((directory / "results.json").read_text())
+    result |= {"table": table, "claims": results["claims"], "environment": results["environment"]}
+    command.write_json(finished, result)
+    return result
+
+
+def page(parts: list[dict], directory: Path) -> tuple[str, str]:
+    """The page as HTML, with its figures inside, and as Markdown."""
+    import jinja2  # here, so that `main` can say what to install
+
+    for part in parts:
+        part["about"] = importlib.import_module(f"experiments.{part['name']}").__doc__.splitlines()[0]
+        figure = directory / part["name"] / "figures.png"
+        if figure.exists():
+            part["figure"] = base64.b64encode(figure.read_bytes()).decode()
+    claims = [claim | {"experiment": part["name"]} for part in parts for claim in part.get("claims", [])]
+    counts = {verdict: sum(claim["verdict"] == verdict for claim in claims) for verdict in VERDICTS}
+    environment = next((part["environment"] for part in parts if "environment" in part), {})
+    values = {"parts": parts, "claims": claims, "counts": counts, "environment": environment}
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
+        autoescape=jinja2.select_autoescape(["html"]),
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    html, markdown = (environment.get_template(f"report.{kind}").render(values) for kind in ("html", "md"))
+    return html, markdown
+
+
+def main() -> None:
+    unknown = [name for name in _ONLY.value if name not in EXPERIMENTS]
+    if unknown:
+        raise UserError(f"--only={unknown[0]}: no such experiment; there are {', '.join(EXPERIMENTS)}")
+    command.require("report", "jinja2")
+    overrides = [argument for argument in sys.argv[1:] if re.match(r"--?(no)?config[.=]", argument)]
+    directory = command.open_workdir(_WORKDIR.value, {"overrides": overrides})
+    names = [name for name in EXPERIMENTS if not _ONLY.value or name in _ONLY.value]
+    parts = []
+    for number, name in enumerate(names, 1):
+        arguments = list(overrides)
+        if name == "regularization_test":  # the same six runs
+            arguments.append(f"--study={directory / 'randomization_test'}")
+        parts.append(run(name, directory / name, arguments, f"experiment {number} of {len(names)}, {name}"))
+        html, markdown = page(parts, directory)
+        command.write_text(directory / "report.html", html)
+        command.write_text(directory / "report.md", markdown)
+    for part in parts:
+        for claim in part.get("claims", []):
+            print(f"{claim['verdict']:<20}{part['name']:<22}{claim['paper']}")
+    failed = [part["name"] for part in parts if "failure" in part]
+    print(f"{directory / 'report.html'}, {directory / 'report.md'}")
+    if failed:
+        raise UserError(f"{', '.join(failed)} failed, as the page says; run again to go on")
+
+
+if __name__ == "__main__":
+    command.run(main)

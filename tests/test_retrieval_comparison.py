@@ -1,0 +1,189 @@
+"""The comparison with retrieval asks what it says, refuses where that earns most, and judges by what was answered."""
+
+import json
+
+import helpers
+import numpy as np
+import pytest
+
+from experiments import retrieval
+from experiments.retrieval import Reply
+from lamini_jax import command, model, recall
+from lamini_jax.data import builders
+from lamini_jax.data.facts import Fact, fact_id
+from lamini_jax.errors import UserError
+
+comparison = helpers.experiment("retrieval_comparison")
+FACTS = [Fact(fact_id(question), question, answer) for question, answer in builders.phone_entries(60, 0)]
+TEXTS = [fact.question for fact in FACTS]
+
+
+def distance(a: str, b: str) -> int:
+    """Characters to insert, leave out or replace (Levenshtein)."""
+    row = list(range(len(b) + 1))
+    for i, x in enumerate(a, 1):
+        last, row[0] = row[0], i
+        for j, y in enumerate(b, 1):
+            last, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, last + (x != y))
+    return row[-1]
+
+
+@pytest.fixture(scope="module")
+def systems(base, routing):
+    return {
+        "b_tree": retrieval.b_tree(FACTS),
+        "tfidf_words": retrieval.tfidf(FACTS, "word"),
+        "tfidf_letters": retrieval.tfidf(FACTS, "char_wb"),
+        "bm25": retrieval.bm25(FACTS),
+        "vector": retrieval.vector(FACTS, lambda texts: model.queries(base, routing, texts)),
+    }
+
+
+def test_retrieval_returns_what_was_stored(systems):
+    assert tuple(systems) == comparison.RETRIEVAL
+    for name, system in systems.items():
+        assert [reply.text for reply in system.answer(TEXTS)] == [fact.answer for fact in FACTS], name
+        assert system.size > sum(len(fact.answer) for fact in FACTS), name
+
+
+def test_only_the_b_tree_needs_every_letter(systems):
+    texts = [text.replace("phone number", "fone number").replace("?", " now?") for text in TEXTS]
+    assert [reply.text for reply in systems["b_tree"].answer(texts)] == [None] * len(texts)
+    for name in ("tfidf_words", "tfidf_letters", "bm25"):
+        assert [reply.text for reply in systems[name].answer(texts)] == [fact.answer for fact in FACTS], name
+
+
+def test_scores_fall_for_strangers(systems):
+    strangers = [text for text, _ in builders.phone_entries(120, 0)][60:]
+    for name in comparison.RETRIEVAL:
+        known = min(reply.score for reply in systems[name].answer(TEXTS))
+        assert np.median([reply.score for reply in systems[name].answer(strangers)]) < known, name
+
+
+def test_questions():
+    test, calibration = comparison.questions(FACTS, 0)
+    again, _ = comparison.questions(FACTS, 0)
+    assert test == again
+    assert [len(test[kind]) for kind in comparison.SETS] == [60] * 4 == [len(calibration[k]) for k in comparison.SETS]
+    assert test["verbatim"] == [(fact.question, fact.answer) for fact in FACTS]
+    for kind in comparison.SETS[1:]:
+        asked = [text for text, _ in test[kind]]
+        assert not set(asked) & set(TEXTS), kind
+        assert not set(asked) & {text for text, _ in calibration[kind]}, kind
+    for fact, (typo, same), (rephrased, too) in zip(FACTS, test["typos"], test["rephrased"], strict=True):
+        assert same == too == fact.answer
+        assert 1 <= distance(fact.question, typo) <= 4  # two swaps are four of its steps
+        assert fact.question.removeprefix("What is the phone number of ")[:-1] in rephrased
+    assert {answer for _, answer in test["unknown"]} == {None}
+
+
+def test_an_edit_makes_a_new_question():
+    rng = np.random.default_rng(0)
+    taken = {"code", "ode", "cde", "coe", "ocde", "cdoe", "coed"}  # with one letter left out or two swapped
+    found = [comparison.edited("code", rng, taken) for _ in range(200)]
+    assert not taken & set(found) and len(set(found)) > 100
+    assert all(distance("code", text) <= 4 for text in found)
+
+
+def test_threshold_earns_most():
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+        scores = rng.integers(0, 6, 12) / 4
+        replies = [
+            Reply("a" if right else "b", score) for right, score in zip(rng.random(12) < scores, scores, strict=True)
+        ]
+        replies.append(Reply(None, 9.0))
+
+        def earned(least, replies=replies):
+            counts = comparison.judge(replies, ["a"] * 13, least)
+            return counts["exact"] - counts["wrong"]
+
+        found = comparison.threshold(replies, ["a"] * 13)
+        everywhere = {least: earned(least) for least in np.arange(-0.1, 2, 0.05)}
+        assert earned(found) == max(*everywhere.values(), 0)
+        assert earned(found) > 0 or comparison.judge(replies, ["a"] * 13, found)["none"] == 13
+
+
+def test_judge():
+    replies = [Reply("1", 0.9), Reply("2", 0.8), Reply("", 0.7), Reply(None, 0.6), Reply("5", 0.1)]
+    answers = ["1", "x", "3", None, None]
+    counts = {
+        name: value for name, value in comparison.judge(replies, answers, None).items() if name != "wrong_interval"
+    }
+    assert counts == {"questions": 5, "exact": 1, "wrong": 2, "none": 2}
+    assert comparison.judge(replies, answers, 0.5)["wrong"] == 1
+    assert comparison.judge(replies, answers, 0.85) | counts | {"wrong": 0, "none": 4} == comparison.judge(
+        replies, answers, 0.85
+    ) | {"exact": 1}
+
+
+def test_a_models_replies(base):
+    system = comparison.model_system(base, recall.bare, FACTS[:3], size=30)
+    replies = system.answer(TEXTS[:3])
+    longest = 2 + len(FACTS[0].answer)  # the stop token, and one more
+    assert [reply.text for reply in replies] == recall.answers(base, recall.bare, TEXTS[:3], longest)
+    assert all(0 < reply.score <= 1 for reply in replies)
+
+
+def outcome(wrong: dict[str, int], exact: int = 0):
+    """A system with so many of 1,000 answers of each kind wrong."""
+    sets = {
+        kind: {
+            "questions": 1000,
+            "exact": exact,
+            "wrong": wrong.get(kind, 0),
+            "none": 1000 - exact - wrong.get(kind, 0),
+        }
+        for kind in comparison.SETS
+    }
+    return {"sets": sets}
+
+
+@pytest.mark.parametrize(
+    "verbatim, unknown, indexes, expected",
+    [
+        (0, 0, 100, ["reproduced", "reproduced", "reproduced"]),
+        (5, 50, 100, ["reproduced in part", "reproduced", "reproduced in part"]),
+        (20, 900, 100, ["not reproduced", "reproduced", "not reproduced"]),
+        (0, 900, 0, ["reproduced", "not reproduced", "not reproduced"]),
+        (0, 900, 1000, ["reproduced", "not reproduced", "reproduced in part"]),
+    ],
+)
+def test_verdicts_follow_from_the_counts(verbatim, unknown, indexes, expected):
+    systems = {name: outcome({"unknown": indexes}) for name in comparison.RETRIEVAL}
+    systems |= {"lora": outcome({"unknown": 500}), "mome": outcome({"verbatim": verbatim, "unknown": unknown})}
+    systems["mome" + comparison.REFUSING] = outcome({})
+    assert [claim["verdict"] for claim in comparison.claims(systems)] == expected
+
+
+def test_a_missing_extra_is_named():
+    command.require("report", "json")
+    with pytest.raises(UserError, match=r"no_such_module not installed: pip install -e \.\[report\]"):
+        command.require("report", "json", "no_such_module")
+
+
+def test_a_killed_run_goes_on(tmp_path):
+    """Systems that have answered are not asked again: these replies could not have come from any model."""
+    facts = FACTS[:4]
+    test, calibration = comparison.questions(facts, 0)
+    for name in comparison.MODELS:
+        replies = {
+            part: {
+                kind: [Reply(answer or "7", 0.9 if answer else 0.1) for _, answer in pairs]
+                for kind, pairs in asked.items()
+            }
+            for part, asked in (("test", test), ("calibration", calibration))
+        }
+        training = {"epochs": 1, "certified": 4, "tuning_seconds": 1.0, "experts_used": 5}
+        rest = {"latency_seconds": 0.1, "bytes_per_fact": 10.0, "seconds": 1.0}
+        (tmp_path / f"replies_{name}.json").write_text(json.dumps(replies | training | rest))
+    flags = (f"--workdir={tmp_path}", "--facts=4", "--config.memory.num_experts=4096", "--config.router.calibration=64")
+    result = helpers.call("experiments.retrieval_comparison", *flags)
+    assert result.returncode == 0, result.stderr
+    found = json.loads((tmp_path / "results.json").read_text())
+    assert not (tmp_path / "lora").exists() and (tmp_path / "figures.png").stat().st_size > 10_000
+    assert list(found["systems"]) == [*comparison.RETRIEVAL, "lora", "lora + refusal", "mome", "mome + refusal"]
+    assert found["systems"]["mome"]["sets"]["unknown"]["wrong"] == 4
+    assert found["systems"]["mome + refusal"]["sets"]["unknown"]["none"] == 4
+    assert found["systems"]["b_tree"]["sets"]["typos"]["none"] == 4
+    assert found["claims"][0]["verdict"] == "reproduced" and "bm25 " in result.stdout
