@@ -28,6 +28,7 @@ import numpy as np
 from absl import flags
 
 from experiments import figures
+from experiments.claims import claim
 from lamini_jax import backbone, bank, command, model, processes, router, runs
 from lamini_jax.config import BackboneConfig, Config
 from lamini_jax.data import facts as facts_lib
@@ -176,30 +177,26 @@ def claims(results: list[dict], own: list[dict]) -> list[dict[str, str]]:
         numbers["needed_bits_per_parameter_with_backbone"],
     )
     return [
-        {
-            "paper": "Memory experts memorize large sets of random numbers exactly (abstract, section 5)",
-            "measured": sets,
-            "verdict": _verdict(len(whole), len(own)),
-        },
-        {
-            "paper": "The same expert may serve several facts, and all of them are memorized (section 7.1)",
-            "measured": f"loads: {loads}; {len(holding)} of {len(shared)} memories above load 1 are complete",
-            "verdict": _verdict(len(holding), len(shared)),
-        },
-        {
-            "paper": "2B parameters of memory beside a backbone of 8B memorize at least 1B facts (section 5)",
-            "measured": f"with ten digits per fact that needs {needed:.1f} bits per trained parameter, more than the "
-            f"16 that a bfloat16 has, or {in_all:.1f} if the frozen 8B counted too; published capacities are 2 and "
-            f"3.6, the most that was recalled here is {best['bits_per_parameter']:.3f} ({best['name']}), with which "
-            f"2B parameters hold {numbers['facts_at_best_measured']:,.0f} facts",
-            "verdict": _verdict((numbers["best_measured"] >= needed) + (numbers["best_measured"] >= in_all), 2),
-        },
+        claim(
+            "Memory experts memorize large sets of random numbers exactly (abstract, section 5)",
+            sets,
+            *(result["recall"] == 1 for result in own),
+        ),
+        claim(
+            "The same expert may serve several facts, and all of them are memorized (section 7.1)",
+            f"loads: {loads}; {len(holding)} of {len(shared)} memories above load 1 are complete",
+            *(result in holding for result in shared or [None]),
+        ),
+        claim(
+            "2B parameters of memory beside a backbone of 8B memorize at least 1B facts (section 5)",
+            f"with ten digits per fact that needs {needed:.1f} bits per trained parameter, more than the 16 that a "
+            f"bfloat16 has, or {in_all:.1f} if the frozen 8B counted too; published capacities are 2 and 3.6, the most "
+            f"that was recalled here is {best['bits_per_parameter']:.3f} ({best['name']}), with which 2B parameters "
+            f"hold {numbers['facts_at_best_measured']:,.0f} facts",
+            numbers["best_measured"] >= needed,
+            numbers["best_measured"] >= in_all,
+        ),
     ]
-
-
-def _verdict(hold: int, of: int) -> str:
-    """All, some or none."""
-    return "reproduced" if 0 < of == hold else "reproduced in part" if hold else "not reproduced"
 
 
 def _load(load: float | None) -> str:
@@ -274,8 +271,8 @@ def main() -> None:
     if processes.first():
         figures.capacity(found, directory / "figures.png")
     processes.say(table(results))
-    for claim in found["claims"]:
-        processes.say(f"{claim['verdict']}: {claim['paper']}\n    {claim['measured']}")
+    for one in found["claims"]:
+        processes.say(f"{one['verdict']}: {one['paper']}\n    {one['measured']}")
     processes.say(f"{found['seconds']:.0f} s; {directory / 'results.json'}, {directory / 'figures.png'}")
 
 
