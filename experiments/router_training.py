@@ -31,6 +31,7 @@ import tqdm
 from absl import flags
 
 from experiments import figures
+from experiments.claims import claim
 from lamini_jax import bank, command, model, processes, recall, router, row_optimizer, runs, sharding, tuning
 from lamini_jax.config import Config
 from lamini_jax.data import batches
@@ -158,30 +159,26 @@ def claims(found: dict[str, dict]) -> list[dict[str, str]]:
     moved, froze = found["never"]["changed"], better(found["ours"], found["never"])
     trains = [better(found["trained"], found["raw"]), better(found["ours"], found["whitened"])]
     return [
-        {
-            "paper": "Trained for one epoch and then frozen, the router selects the same experts for a fact at every "
-            "step (section 7.1)",
-            "measured": f"{sum(fixed)} of {len(fixed)} frozen routers changed no selection; never frozen, {moved:.1%} "
-            "of facts selected others from one epoch to the next",
-            "verdict": _verdict([all(fixed), moved > 0]),
-        },
-        {
-            "paper": "Freezing the router lets facts be memorized in fewer steps (section 7.1)",
-            "measured": f"recall {told('ours', 'never')}; {found['ours']['lost']} and {found['never']['lost']} times a "
-            "certified fact was lost",
-            "verdict": _verdict([froze]),
-        },
-        {
-            "paper": "Training the router for one epoch before it is frozen helps (section 7.1)",
-            "measured": f"recall without whitening: {told('raw', 'trained')}; with it: {told('whitened', 'ours')}",
-            "verdict": _verdict(trains),
-        },
+        claim(
+            "Trained for one epoch and then frozen, the router selects the same experts for a fact at every step "
+            "(section 7.1)",
+            f"{sum(fixed)} of {len(fixed)} frozen routers changed no selection; never frozen, {moved:.1%} of facts "
+            "selected others from one epoch to the next",
+            all(fixed),
+            moved > 0,
+        ),
+        claim(
+            "Freezing the router lets facts be memorized in fewer steps (section 7.1)",
+            f"recall {told('ours', 'never')}; {found['ours']['lost']} and {found['never']['lost']} times a certified "
+            "fact was lost",
+            froze,
+        ),
+        claim(
+            "Training the router for one epoch before it is frozen helps (section 7.1)",
+            f"recall without whitening: {told('raw', 'trained')}; with it: {told('whitened', 'ours')}",
+            *trains,
+        ),
     ]
-
-
-def _verdict(hold: list[bool]) -> str:
-    """All, some or none."""
-    return "reproduced" if all(hold) else "reproduced in part" if any(hold) else "not reproduced"
 
 
 def table(found: dict[str, dict]) -> str:
@@ -233,8 +230,8 @@ def main() -> None:
     if processes.first():
         figures.router_training(results, directory / "figures.png")
     processes.say(table(found))
-    for claim in results["claims"]:
-        processes.say(f"{claim['verdict']}: {claim['paper']}\n    {claim['measured']}")
+    for one in results["claims"]:
+        processes.say(f"{one['verdict']}: {one['paper']}\n    {one['measured']}")
     processes.say(f"{results['seconds']:.0f} s; {directory / 'results.json'}, {directory / 'figures.png'}")
 
 

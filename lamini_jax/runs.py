@@ -102,7 +102,14 @@ def tune_memory(
     return Tuned(log, adapt_with(state), log.worst_F < tuning.certified_loss(config.backbone.dtype))
 
 
-def tune_lora(config: Config, base: model.Base, facts: Sequence[Fact], directory: Path, title: str) -> Tuned:
+def tune_lora(
+    config: Config,
+    base: model.Base,
+    facts: Sequence[Fact],
+    directory: Path,
+    title: str,
+    until_all_hold: bool = False,
+) -> Tuned:
     """The baseline: one LoRA on every linear layer."""
     examples = batches.encode(facts, base.tokenizer)
     steps = sum(1 for _ in batches.epoch_batches(examples, config.tuning.batch_size, config.seed, 0))
@@ -126,7 +133,8 @@ def tune_lora(config: Config, base: model.Base, facts: Sequence[Fact], directory
     def adapt_with(state):
         return recall.with_lora(state.adapters)
 
-    state = _run(_Loop(config, base, facts, checkpoints, title, keep, {}, adapt_with), method, state, prepared, log)
+    loop = _Loop(config, base, facts, checkpoints, title, keep, {}, adapt_with, until_all_hold)
+    state = _run(loop, method, state, prepared, log)
     return Tuned(log, adapt_with(state), log.worst_F < tuning.certified_loss(config.backbone.dtype))
 
 

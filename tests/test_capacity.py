@@ -9,7 +9,7 @@ import numpy as np
 import optax
 import pytest
 
-from lamini_jax import bank, tuning
+from lamini_jax import bank, model, tuning
 from lamini_jax.data.facts import Fact
 
 capacity = helpers.experiment("capacity")
@@ -22,7 +22,9 @@ MEMORY = capacity.Cell(len(FACTS), "down_proj", 8, 64)
 
 
 def measured(base, cell, directory, **settings):
-    return capacity.measure(cell, helpers.replace(CONFIG, tuning=settings), base, FACTS, directory, cell.name)
+    config = helpers.replace(CONFIG, tuning=settings)
+    features_QD = model.calibration_features(config, base, [fact.question for fact in FACTS])
+    return capacity.measure(cell, config, base, FACTS, features_QD, directory, cell.name)
 
 
 @pytest.fixture(scope="module")
