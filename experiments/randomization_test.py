@@ -16,13 +16,10 @@ import dataclasses
 import json
 import statistics
 import time
-from pathlib import Path
-from typing import NamedTuple
 
-import jax
 from absl import flags
 
-from experiments import figures
+from experiments import figures, six_runs
 from experiments.claims import claim, share
 from lamini_jax import bank, command, model, processes, recall, router, runs
 from lamini_jax.config import Config
@@ -33,8 +30,6 @@ _CONFIG = command.define_config()
 command.define_processes()
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the study.", required=True)
 
-METHODS = {"lora": None, "mome_o_proj": "o_proj", "mome_down_proj": "down_proj"}
-RUNS = [f"{method}/{answers}" for method in METHODS for answers in facts_lib.ANSWERS]
 NEAR_ZERO = 0.05  # nats per answer token, about where the paper's curves end
 # Of each set of questions that nothing was tuned on.
 NUM_QUESTIONS = 240
@@ -60,53 +55,10 @@ def accuracies(base: model.Base, adapt: recall.Adapt, questions: dict[str, list]
     return result
 
 
-class Study(NamedTuple):
-    """What all six runs have in common."""
-
-    config: Config
-    base: model.Base
-    facts: dict[str, list[facts_lib.Fact]]  # with true and with random answers
-    routing: router.Router
-    directory: Path
-
-
-def prepare(config: Config, workdir: str) -> Study:
-    """Facts, backbone and router of a study, in its directory. Raises UserError if that belongs to another study."""
-    data = config.data
-    facts = {
-        answers: facts_lib.load(data.facts, answers, data.count, config.seed, data.dir) for answers in facts_lib.ANSWERS
-    }
-    base = model.load_base(config)
-    identity = {"config": dataclasses.asdict(config)}
-    del identity["config"]["mesh"]  # any devices may go on with what others began
-    identity["facts"] = {answers: runs.fingerprint(facts[answers]) for answers in facts}
-    directory = command.open_workdir(workdir, identity)
-    devices = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
-    processes.say(f"{data.count} facts on {devices}; training the router ...")
-    return Study(config, base, facts, model.make_router(config, base, questions_of(facts)), directory)
-
-
-def questions_of(facts: dict[str, list[facts_lib.Fact]]) -> list[str]:
-    """The questions, which are the same with true and with random answers."""
-    return [fact.question for fact in facts["true"]]
-
-
-def tune(study: Study, name: str) -> tuple[runs.Tuned, list[facts_lib.Fact]]:
-    """One of RUNS, gone on with from its last checkpoint, and its facts."""
-    method, answers = name.split("/")
-    facts, directory = study.facts[answers], study.directory / name.replace("/", "_")
-    title = f"run {RUNS.index(name) + 1} of {len(RUNS)}, {name}"
-    if METHODS[method] is None:
-        return runs.tune_lora(study.config, study.base, facts, directory, title), facts
-    memory = dataclasses.replace(study.config.memory, target=METHODS[method])
-    config = dataclasses.replace(study.config, memory=memory)
-    return runs.tune_memory(config, study.base, lambda: study.routing, facts, directory, title), facts
-
-
-def one_run(study: Study, name: str, questions: dict[str, list]) -> dict:
+def one_run(study: six_runs.Study, name: str, questions: dict[str, list]) -> dict:
     """Tunes, asks for every fact and for the untuned questions."""
     base = study.base
-    tuned, facts = tune(study, name)
+    tuned, facts = six_runs.tune(study, name)
     exact_F, generated = runs.recalled(base, tuned.adapt, facts)
     log = tuned.log
     return {
@@ -196,9 +148,9 @@ def main() -> None:
     config = model.configure(_CONFIG.value)
     command.start(config.mesh)
     started, data = time.time(), config.data
-    study = prepare(config, _WORKDIR.value)
+    study = six_runs.prepare(config, _WORKDIR.value)
     base, directory = study.base, study.directory
-    selection_FK = model.select_all(base, study.routing, questions_of(study.facts), config.memory.selected)
+    selection_FK = model.select_all(base, study.routing, six_runs.questions_of(study.facts), config.memory.selected)
     questions = questions_asked(config)
     results = {
         "backbone": accuracies(base, recall.bare, questions),
@@ -207,7 +159,7 @@ def main() -> None:
             "selected": config.memory.selected,
             "floats_per_expert": {
                 target: bank.row_shape(config.backbone, dataclasses.replace(config.memory, target=target)).floats
-                for target in METHODS.values()
+                for target in six_runs.METHODS.values()
                 if target
             },
             **router.spread(selection_FK, config.memory.num_experts),
@@ -215,7 +167,7 @@ def main() -> None:
         "facts": {"count": data.count, "dataset": data.facts},
         "runs": {},
     }
-    for name in RUNS:
+    for name in six_runs.RUNS:
         saved = directory / name.replace("/", "_") / "result.json"
         if not processes.agree(saved.exists()):
             command.write_json(saved, one_run(study, name, questions))

@@ -16,7 +16,7 @@ import numpy as np
 import scipy.stats
 from absl import flags
 
-from experiments import figures, randomization_test
+from experiments import figures, six_runs
 from experiments.claims import claim, share
 from lamini_jax import command, model, processes, recall
 from lamini_jax.data import benchmarks, world
@@ -68,7 +68,7 @@ def compared(before: list[bool], after: list[bool]) -> dict:
 def claims(results: dict) -> list[dict]:
     """Table 1: the tuned fact comes back, other answers stay."""
     before, found = results["runs"]["backbone"], []
-    for method in randomization_test.METHODS:
+    for method in six_runs.METHODS:
         tuned = {answers: results["runs"][f"{method}/{answers}"] for answers in ("true", "random")}
         told = [
             f"{share(run['accuracy'])} after {answers} answers ({run['lost']} lost, {run['won']} won, p {run['p']:.2g})"
@@ -117,7 +117,7 @@ def main() -> None:
     command.start(config.mesh)
     started = time.time()
     directory = command.open_workdir(_WORKDIR.value, {"study": _STUDY.value})
-    study = randomization_test.prepare(config, _STUDY.value or str(directory / "runs"))
+    study = six_runs.prepare(config, _STUDY.value or str(directory / "runs"))
     kinds = [kind for kind in world.KINDS if config.data.facts != "world" or kind not in world.FACT_KINDS]
     questions = [qa for kind in kinds for qa in world.held_out(kind, PER_KIND, config.seed)]
     samples = questions[:: len(questions) // SAMPLES][:SAMPLES]
@@ -127,13 +127,13 @@ def main() -> None:
         items["truthful_qa"] = benchmarks.truthful_qa(config.data.dir)
         items["mmlu"] = benchmarks.mmlu(config.data.dir, PER_SUBJECT)
     found = {}
-    for name in ("backbone", *randomization_test.RUNS):
+    for name in ("backbone", *six_runs.RUNS):
         saved = directory / f"{name.replace('/', '_')}.json"
         if not processes.agree(saved.exists()):
             if name == "backbone":
                 adapt, fact = recall.bare, {}
             else:
-                tuned, facts = randomization_test.tune(study, name)
+                tuned, facts = six_runs.tune(study, name)
                 adapt, fact = tuned.adapt, {"question": facts[0].question, "answer": facts[0].answer}
                 fact["generated"] = recall.answers(study.base, adapt, [facts[0].question])[0]
                 fact["exact"] = fact["generated"] == facts[0].answer

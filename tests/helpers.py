@@ -146,10 +146,10 @@ def compilations(caplog) -> list[str]:
     return [message.split()[1] for message in messages if message.startswith("Compiling ")]
 
 
-def experiment(name: str) -> ModuleType:
-    """An experiment as a module, without its flags: two experiments in one process would define the same ones."""
+def without_flags(name: str) -> ModuleType:
+    """A command's module without its flags: two commands in one process would define the same ones."""
     known = set(flags.FLAGS)
-    module = importlib.import_module(f"experiments.{name}")
+    module = importlib.import_module(name)
     for flag in set(flags.FLAGS) - known:
         delattr(flags.FLAGS, flag)
     return module
@@ -166,8 +166,9 @@ def start(module: str, *arguments: object) -> subprocess.Popen:
 
 def finish(process: subprocess.Popen, stdin: str | bytes = "") -> subprocess.CompletedProcess:
     """Waits for its end; `stdin` is what it reads, bytes for what is no text."""
-    process.stdin.buffer.write(stdin.encode() if isinstance(stdin, str) else stdin)
-    process.stdin.flush()
+    if stdin:
+        process.stdin.buffer.write(stdin.encode() if isinstance(stdin, str) else stdin)
+        process.stdin.flush()
     stdout, stderr = process.communicate(timeout=300)
     return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
 

@@ -12,7 +12,7 @@ import pytest
 from lamini_jax import bank, model, tuning
 from lamini_jax.data.facts import Fact
 
-capacity = helpers.experiment("capacity")
+capacity = helpers.without_flags("experiments.capacity")
 CONFIG = helpers.replace(helpers.CONFIG, tuning={"epochs": 300})
 FACTS = [
     Fact(fact.id, fact.question, f"{number * 6_700_417 % 10**10:010d}") for number, fact in enumerate(helpers.FACTS)

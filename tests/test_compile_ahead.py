@@ -10,7 +10,8 @@ import helpers
 import pytest
 
 from lamini_jax.errors import BAD_INPUT, DEVICES, DOES_NOT_FIT
-from launch import compile_ahead
+
+compile_ahead = helpers.without_flags("launch.compile_ahead")
 
 needs_libtpu = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="needs libtpu, the TPU compiler: pip install -e .[compile]"

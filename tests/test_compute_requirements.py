@@ -14,7 +14,7 @@ from lamini_jax.config import LLAMA3_8B, large
 from lamini_jax.data import batches
 from lamini_jax.errors import UserError
 
-compute_requirements = helpers.experiment("compute_requirements")
+compute_requirements = helpers.without_flags("experiments.compute_requirements")
 
 
 @pytest.fixture(scope="module")

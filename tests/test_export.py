@@ -204,7 +204,7 @@ def test_a_damaged_memory_is_one_line(name, exported, tmp_path):
 @pytest.fixture(scope="module", params=["o_proj", "down_proj"])
 def adapter(request, world, tmp_path_factory):
     """The experts of one question as an adapter: a world of that target, the question's `Adapted`, the directory."""
-    from lamini_jax import export
+    export = helpers.without_flags("lamini_jax.export")
 
     config = helpers.replace(world.config, memory={"target": request.param})
     tuned = random_memory(config, world.base, world.memory.routing, np.asarray(world.memory.expert_ids_S))

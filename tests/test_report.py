@@ -5,8 +5,9 @@ import json
 import helpers
 import pytest
 
-from experiments import report
 from experiments.claims import IN_PART, NOT, REPRODUCED, claim
+
+report = helpers.without_flags("experiments.report")
 
 
 @pytest.mark.parametrize(

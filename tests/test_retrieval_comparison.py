@@ -13,7 +13,7 @@ from lamini_jax.data import builders
 from lamini_jax.data.facts import Fact, fact_id
 from lamini_jax.errors import UserError
 
-comparison = helpers.experiment("retrieval_comparison")
+comparison = helpers.without_flags("experiments.retrieval_comparison")
 FACTS = [Fact(fact_id(question), question, answer) for question, answer in builders.phone_entries(60, 0)]
 TEXTS = [fact.question for fact in FACTS]
 

@@ -8,7 +8,7 @@ import pytest
 
 from lamini_jax import model, router
 
-study = helpers.experiment("router_training")
+study = helpers.without_flags("experiments.router_training")
 CONFIG = helpers.replace(helpers.CONFIG, router={"learning_rate": 0.1}, tuning={"epochs": 40})
 FACTS = helpers.FACTS[:6]
 QUESTIONS = [fact.question for fact in FACTS]
