@@ -8,6 +8,8 @@ temperature 1 an answer should come back with probability exp(-sum of its losses
 at one fact's tokens while its loss is high, medium and zero (Figure 3). `once`: codes that the shipped backbone read
 exactly once while it was trained (`experiments/pretrain_backbone.py`), beside codes that it never read; then memory
 tuning of the former. A killed run continues from where it was.
+
+Not yet run from end to end.
 """
 
 import dataclasses

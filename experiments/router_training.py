@@ -16,7 +16,7 @@ whose selection is another than before the last epoch, on average over epochs, `
 any more at the next check, for other facts trained their experts or they selected others. `used` and the overlaps are
 those of the last selection.
 
-TIME_AND_RESULT
+Not yet run from end to end.
 """
 
 import dataclasses

@@ -8,6 +8,8 @@ saw. Models: `underfit`, the same architecture trained from nothing on the same 
 shipped backbone; `overfit`, a copy of it, all of whose weights were tuned on the key facts until their loss was near
 zero; `memory_tuned`, the backbone with memory experts for the key facts. `--config.data.facts` is not used. A killed
 run continues with the model that it was in.
+
+Not yet run from end to end.
 """
 
 import dataclasses
