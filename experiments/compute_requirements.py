@@ -8,6 +8,8 @@ price and carbon of any training run (the flags; by default the paper's). And wh
 fine-tuning, LoRA and memory experts take steps in turn on the same phone book entries, with the FLOPs counted by hand
 (`arithmetic.py`) and by the compiler, and the same count for Llama 3 8B. The compiler counts the layers of a scan once,
 so it is compared with the count for one layer of each part.
+
+Not yet run from end to end at full size.
 """
 
 import dataclasses

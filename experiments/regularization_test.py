@@ -7,6 +7,8 @@ with true and with random answers, as in `experiments.randomization_test`; --stu
 nothing again. Then the backbone and each of them answer the same held-out questions: accuracy with its 95% interval,
 and the exact paired test (McNemar) of whether it changed. With --config.data.dir, TruthfulQA (MC1, MC2) and MMLU are
 scored as well (`experiments.benchmarks`), which a backbone with the context for them can answer.
+
+Not yet run from end to end at full size.
 """
 
 import json

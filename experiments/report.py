@@ -6,6 +6,8 @@
 runs each experiment in a directory of its own below --workdir and skips those that have finished; one that fails is
 named in the page, and the others go on. Ends in report.html (self-contained) and report.md. --config and its fields go
 to every experiment.
+
+Not yet run from end to end.
 """
 
 import ast

@@ -15,6 +15,8 @@ kinds; all but the verbatim ones, which have one wording only, are others than t
 refusal of their own: `+ refusal` answers by the same rule, on the probability of the answer's least likely token.
 Latency is that of one question, text in and text out; bytes are those of the index and the answers, of LoRA's
 adapters, of the experts' rows that facts have selected. A killed run continues with the system that it was at.
+
+Not yet run from end to end at full size.
 """
 
 import dataclasses

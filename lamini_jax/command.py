@@ -6,7 +6,7 @@ A command is a module that defines absl flags and hands its `main` over:
     _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run.", required=True)
 
     def main() -> None:
-        config = from_config_dict(_CONFIG.value)
+        config = model.configure(_CONFIG.value)
 
     if __name__ == "__main__":
         command.run(main)

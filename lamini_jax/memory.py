@@ -49,9 +49,8 @@ def of_run(config: Config, directory: Path) -> Memory:
     shape = bank.row_shape(config.backbone, config.memory)
     down_SMI, up_SMO = row_optimizer.rearranged(saved.tables["rows"], saved_ids_S, ids_S, shape)
     rows_SR = {"down": down_SMI, "up": up_SMO}
-    return Memory(
-        restored_router(config, saved.arrays, saved.extra), sharding.put(ids_S), rows_SR, saved.extra["backbone"]
-    )
+    routing = restored_router(config, saved.arrays, saved.extra)
+    return Memory(routing, sharding.put(ids_S), rows_SR, saved.extra.get("backbone", ""))
 
 
 def config_of_export(directory: Path) -> Config:

@@ -54,8 +54,8 @@ def tune_memory(
     tx = row_optimizer.make(config.tuning.optimizer, config.tuning.learning_rate)
     checkpoints = checkpoint.Checkpoints(directory)
     saved = checkpoints.latest()
-    if saved is not None and saved.extra["backbone"] != base.fingerprint:
-        raise UserError(f"{directory}: was tuned beside another backbone (fingerprint {saved.extra['backbone']})")
+    if saved is not None and (tuned_beside := saved.extra.get("backbone")) != base.fingerprint:
+        raise UserError(f"{directory}: was tuned beside another backbone (fingerprint {tuned_beside})")
     routing = make_router() if saved is None else memory.restored_router(config, saved.arrays, saved.extra)
     if saved is None:
         questions = [fact.question for fact in facts]
