@@ -21,7 +21,6 @@ without examples, 36 with one, and 11,166 do not fit; of TruthfulQA's 817, 6 do 
 """
 
 import dataclasses
-import json
 import sys
 import time
 from collections import Counter
@@ -30,6 +29,7 @@ from pathlib import Path
 import tqdm
 from absl import flags
 
+from experiments.parts import study
 from lamini_jax import command, memory, model, processes, recall
 from lamini_jax.data import benchmarks
 from lamini_jax.data.benchmarks import MultipleChoice
@@ -54,7 +54,6 @@ def judged(
         )
     interval = 0.5 if sys.stderr.isatty() else 10.0
     total = sum(len(item.choices) for item in fitting)
-    started = time.time()
     with tqdm.tqdm(
         total=total, desc=title, unit="choice", mininterval=interval, disable=not processes.first()
     ) as progress:
@@ -65,7 +64,7 @@ def judged(
         result = {**recall.mmlu_results(fitting, scores, left_out), "shots": dict(sorted(shots.items(), reverse=True))}
     else:
         result = {**recall.truthful_qa_results(fitting, scores), "left_out": left_out}
-    return {**result, "seconds": round(time.time() - started, 1)}
+    return result
 
 
 def table(results: dict) -> str:
@@ -110,11 +109,10 @@ def main() -> None:
     results = {"runs": {judge: {} for judge in judges}}
     for judge, adapt in judges.items():
         for name in items:
-            saved = directory / f"{judge}_{name}.json"
-            if not processes.agree(saved.exists()):
-                command.write_json(saved, judged(name, base, adapt, items[name], f"{judge}, {name}"))
-                processes.meet(saved.name)
-            results["runs"][judge][name] = json.loads(saved.read_text())
+            results["runs"][judge][name] = study.kept(
+                directory / f"{judge}_{name}.json",
+                lambda name=name, judge=judge, adapt=adapt: judged(name, base, adapt, items[name], f"{judge}, {name}"),
+            )
     results["environment"] = command.environment()
     results["seconds"] = round(time.time() - started, 1)
     command.write_json(directory / "results.json", results)

@@ -29,18 +29,17 @@ a machine that did other work too:
 """
 
 import dataclasses
-import json
+import functools
 import math
-import time
 from pathlib import Path
 
 import jax
 import numpy as np
 from absl import flags
 
-from experiments import figures
-from experiments.claims import claim
-from lamini_jax import backbone, bank, command, model, processes, router, runs
+from experiments.parts import figures, study
+from experiments.parts.claims import claim
+from lamini_jax import backbone, bank, command, model, router, runs
 from lamini_jax.config import BackboneConfig, Config
 from lamini_jax.data import facts as facts_lib
 from lamini_jax.errors import UserError
@@ -121,7 +120,7 @@ def measure(
     log, recalled = tuned.log, int(exact_F.sum())
     frozen = sum(leaf.size for leaf in jax.tree.leaves(base.params))
     coded = float(np.maximum(BITS - log.total_F / math.log(2), 0).sum())
-    seconds = sum(log.seconds)
+    tuning_seconds = sum(log.seconds)
     return {
         **dataclasses.asdict(cell),
         **spread,
@@ -131,8 +130,8 @@ def measure(
         "certified": int(tuned.certified_F.sum()),
         "lost": log.lost,
         "epochs": log.epoch,
-        "seconds": seconds,
-        "facts_per_second": recalled / seconds,
+        "tuning_seconds": tuning_seconds,
+        "facts_per_second": recalled / tuning_seconds,
         "bits_per_parameter": recalled * BITS / trained,
         "bits_per_parameter_with_backbone": recalled * BITS / (trained + frozen),
         "coded_bits_per_parameter": coded / trained,
@@ -245,24 +244,22 @@ def main() -> None:
     planned = cells(config, counts)
     facts = facts_lib.load("phone_book", "random", max(cell.count for cell in planned), config.seed, "")
     base = model.load_base(config)
-    identity = {"config": dataclasses.asdict(config), "backbone": base.fingerprint}
-    del identity["config"]["mesh"]  # any devices may go on with what others began
-    directory = command.open_workdir(_WORKDIR.value, identity)
-    results, features_QD = [], {}
+    directory = study.directory_of(_WORKDIR.value, config, backbone=base.fingerprint)
+
+    @functools.cache
+    def features_QD(count):
+        return model.calibration_features(config, base, [fact.question for fact in facts[:count]])
+
+    results = []
     for number, cell in enumerate(planned, 1):
         place = directory / cell.name.replace(", ", "_").replace(" ", "_")
-        saved = place / "result.json"
-        if not processes.agree(saved.exists()):
-            started, title = time.time(), f"cell {number} of {len(planned)}: {cell.name}"
-            some = facts[: cell.count]
-            if cell.count not in features_QD:
-                questions = [fact.question for fact in some]
-                features_QD[cell.count] = model.calibration_features(config, base, questions)
-            result = measure(cell, config, base, some, features_QD[cell.count], place, title)
-            result = {"name": cell.name, **result, "wall_seconds": round(time.time() - started, 1)}
-            command.write_json(saved, result)
-            processes.meet(cell.name)
-        results.append(json.loads(saved.read_text()))
+        title = f"cell {number} of {len(planned)}: {cell.name}"
+
+        def measured(cell=cell, place=place, title=title):
+            some, features = facts[: cell.count], features_QD(cell.count)
+            return {"name": cell.name, **measure(cell, config, base, some, features, place, title)}
+
+        results.append(study.kept(place / "result.json", measured))
     own = [
         result
         for cell, result in zip(planned, results, strict=True)
@@ -275,16 +272,9 @@ def main() -> None:
         "loads": breaking([result for result in results if not result["rank"]]),
         "paper_arithmetic": arithmetic(max(result["bits_per_parameter"] for result in results)),
         "claims": claims(results, own),
-        "environment": command.environment(),
-        "seconds": round(sum(result["wall_seconds"] for result in results), 1),
+        "seconds": round(sum(result["seconds"] for result in results), 1),
     }
-    command.write_json(directory / "results.json", found)
-    if processes.first():
-        figures.capacity(found, directory / "figures.png")
-    processes.say(table(results))
-    for one in found["claims"]:
-        processes.say(f"{one['verdict']}: {one['paper']}\n    {one['measured']}")
-    processes.say(f"{found['seconds']:.0f} s; {directory / 'results.json'}, {directory / 'figures.png'}")
+    study.finish(directory, found, table(results), figures.capacity)
 
 
 if __name__ == "__main__":

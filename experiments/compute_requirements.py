@@ -27,9 +27,9 @@ import optax
 import tqdm
 from absl import flags
 
-from experiments import arithmetic, figures
-from experiments.arithmetic import Plan, number
-from experiments.claims import claim
+from experiments.parts import arithmetic, figures, study
+from experiments.parts.arithmetic import Plan, number
+from experiments.parts.claims import claim
 from lamini_jax import backbone, bank, command, model, row_optimizer, sharding, tuning
 from lamini_jax.config import LLAMA3_8B, Config, large
 from lamini_jax.data import batches
@@ -263,8 +263,7 @@ def main() -> None:
     if config.tuning.batch_size * config.memory.selected > experts:
         raise UserError(f"--config.tuning.batch_size={config.tuning.batch_size}: too many facts for {experts} experts")
     sharding.use(config.mesh)
-    identity = {"config": dataclasses.asdict(config), "plan": dataclasses.asdict(given)}
-    directory = command.open_workdir(_WORKDIR.value, identity)
+    directory = study.directory_of(_WORKDIR.value, config, plan=dataclasses.asdict(given))
     started = time.time()
     with tqdm.tqdm(total=(TURNS + 1) * (len(METHODS) + 1), unit="step") as bar:
         steps = measured(config, bar)
@@ -276,13 +275,9 @@ def main() -> None:
         "steps": steps,
         "llama3_8b": beside_llama(given),
         "claims": claims(compared, steps),
-        "environment": command.environment(),
         "seconds": round(time.time() - started, 1),
     }
-    command.write_json(directory / "results.json", results)
-    figures.compute_requirements(results, directory / "figures.png")
-    print(table(results))
-    print(f"{results['seconds']:.0f} s; {directory / 'results.json'}, {directory / 'figures.png'}")
+    study.finish(directory, results, table(results), figures.compute_requirements)
 
 
 if __name__ == "__main__":

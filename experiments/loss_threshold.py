@@ -12,7 +12,6 @@ tuning of the former. A killed run continues from where it was.
 Not yet run from end to end.
 """
 
-import dataclasses
 import json
 import re
 import time
@@ -22,7 +21,7 @@ import jax
 import numpy as np
 from absl import flags
 
-from experiments import figures_of_loss, loss_claims, losses, pretraining
+from experiments.parts import figures_of_loss, loss_claims, losses, pretraining, study
 from lamini_jax import command, model, processes, recall, runs, tuning
 from lamini_jax.config import Config
 from lamini_jax.data import facts as facts_lib
@@ -119,7 +118,6 @@ def table(results: dict) -> str:
     for name in ("before", "unseen", "after"):
         entry = once[name]
         lines.append(f"codes {name:<8} {entry['loss']:.4f} nats per token, {entry['recall']:.1%} recalled")
-    lines += [f"{claim['verdict']}: {claim['paper']} {claim['measured']}" for claim in results["claims"]]
     return "\n".join(lines)
 
 
@@ -129,28 +127,21 @@ def main() -> None:
     data = config.data
     facts = facts_lib.load(data.facts, "random", data.count, config.seed, data.dir)
     base = model.load_base(config)
-    identity = {"config": dataclasses.asdict(config), "facts": runs.fingerprint(facts), "once": _ONCE.value}
-    del identity["config"]["mesh"]  # any devices may go on with what others began
-    directory = command.open_workdir(_WORKDIR.value, identity)
+    directory = study.directory_of(_WORKDIR.value, config, facts=runs.fingerprint(facts), once=_ONCE.value)
     started = time.time()
+    watched = 0, *stages(config.tuning.epochs)
 
     def stage(epoch, adapt):
-        saved = directory / f"epoch_{epoch}.json"
-        if epoch in (0, *stages(config.tuning.epochs)) and not processes.agree(saved.exists()):
-            command.write_json(saved, measure(config, base, adapt, facts, epoch))
+        if epoch in watched:
+            study.kept(directory / f"epoch_{epoch}.json", lambda: measure(config, base, adapt, facts, epoch))
 
     def make_router():
         return model.make_router(config, base, [fact.question for fact in facts])
 
     stage(0, recall.bare)
     runs.tune_memory(config, base, make_router, facts, directory / "facts", "random answers", watch=stage)
-    saved = directory / "once.json"
-    if not processes.agree(saved.exists()):
-        command.write_json(saved, read_once(config, base, directory / "codes", _ONCE.value))
-    processes.meet("measured")
-    measured = [
-        json.loads((directory / f"epoch_{epoch}.json").read_text()) for epoch in (0, *stages(config.tuning.epochs))
-    ]
+    once = study.kept(directory / "once.json", lambda: read_once(config, base, directory / "codes", _ONCE.value))
+    measured = [json.loads((directory / f"epoch_{epoch}.json").read_text()) for epoch in watched]
     certified_loss = tuning.certified_loss(config.backbone.dtype)
     results = {
         "certified_loss": certified_loss,
@@ -158,16 +149,11 @@ def main() -> None:
         "threshold": loss_claims.threshold(measured, certified_loss),
         "sampling": loss_claims.calibration(measured),
         "next_tokens": loss_claims.three_levels(measured),
-        "once": json.loads(saved.read_text()),
+        "once": once,
+        "seconds": round(time.time() - started, 1),
     }
     results["claims"] = loss_claims.of_threshold(results)
-    results["environment"] = command.environment()
-    results["seconds"] = round(time.time() - started, 1)
-    command.write_json(directory / "results.json", results)
-    if processes.first():
-        figures_of_loss.threshold(results, directory / "figures.png")
-    processes.say(table(results))
-    processes.say(f"{results['seconds']:.0f} s; {directory / 'results.json'}, {directory / 'figures.png'}")
+    study.finish(directory, results, table(results), figures_of_loss.threshold)
 
 
 if __name__ == "__main__":

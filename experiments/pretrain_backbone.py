@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 from absl import flags
 
-from experiments import pretraining
+from experiments.parts import pretraining
 from lamini_jax import backbone, command, model, recall
 from lamini_jax.config import BackboneConfig
 from lamini_jax.data import world

@@ -13,15 +13,14 @@ of 0% after LoRA has memorized the random answers.
 """
 
 import dataclasses
-import json
 import statistics
 import time
 
 from absl import flags
 
-from experiments import figures, six_runs
-from experiments.claims import claim, share
-from lamini_jax import bank, command, model, processes, recall, router, runs
+from experiments.parts import figures, six_runs, study
+from experiments.parts.claims import claim, share
+from lamini_jax import bank, command, model, recall, router, runs
 from lamini_jax.config import Config
 from lamini_jax.data import facts as facts_lib
 from lamini_jax.data import world
@@ -55,10 +54,10 @@ def accuracies(base: model.Base, adapt: recall.Adapt, questions: dict[str, list]
     return result
 
 
-def one_run(study: six_runs.Study, name: str, questions: dict[str, list]) -> dict:
+def one_run(setting: six_runs.Setting, name: str, questions: dict[str, list]) -> dict:
     """Tunes, asks for every fact and for the untuned questions."""
-    base = study.base
-    tuned, facts = six_runs.tune(study, name)
+    base = setting.base
+    tuned, facts = six_runs.tune(setting, name)
     exact_F, generated = runs.recalled(base, tuned.adapt, facts)
     log = tuned.log
     return {
@@ -148,9 +147,9 @@ def main() -> None:
     config = model.configure(_CONFIG.value)
     command.start(config.mesh)
     started, data = time.time(), config.data
-    study = six_runs.prepare(config, _WORKDIR.value)
-    base, directory = study.base, study.directory
-    selection_FK = model.select_all(base, study.routing, six_runs.questions_of(study.facts), config.memory.selected)
+    setting = six_runs.prepare(config, _WORKDIR.value)
+    base, directory, asked = setting.base, setting.directory, six_runs.questions_of(setting.facts)
+    selection_FK = model.select_all(base, setting.routing, asked, config.memory.selected)
     questions = questions_asked(config)
     results = {
         "backbone": accuracies(base, recall.bare, questions),
@@ -169,18 +168,10 @@ def main() -> None:
     }
     for name in six_runs.RUNS:
         saved = directory / name.replace("/", "_") / "result.json"
-        if not processes.agree(saved.exists()):
-            command.write_json(saved, one_run(study, name, questions))
-            processes.meet(name)
-        results["runs"][name] = json.loads(saved.read_text())
+        results["runs"][name] = study.kept(saved, lambda name=name: one_run(setting, name, questions))
     results["claims"] = claims(results)
-    results["environment"] = command.environment()
     results["seconds"] = round(time.time() - started, 1)
-    command.write_json(directory / "results.json", results)
-    if processes.first():
-        figures.randomization(results, directory / "figures.png")
-    processes.say(table(results))
-    processes.say(f"{results['seconds']:.0f} s; {directory / 'results.json'}, {directory / 'figures.png'}")
+    study.finish(directory, results, table(results), figures.randomization)
 
 
 if __name__ == "__main__":

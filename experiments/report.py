@@ -4,27 +4,30 @@
     python -m experiments.report --workdir=runs/report [--only=capacity,loss_threshold] [--config=FILE]
 
 runs each experiment in a directory of its own below --workdir and skips those that have finished; one that fails is
-named in the page, and the others go on. Ends in report.html (self-contained) and report.md. --config and its fields go
-to every experiment.
+named in the page, and the others go on. After each, the page of all that have finished so far is there: report.html
+(self-contained) and report.md. --config and its fields go to every experiment. A SIGTERM ends it with status 75, and
+the experiment that is running saves itself first; started again, it goes on.
 
 Not yet run from end to end.
 """
 
 import ast
 import base64
+import contextlib
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 
 from absl import flags
 
+from experiments.parts.claims import IN_PART, NOT, REPRODUCED
 from lamini_jax import command
-from lamini_jax.errors import UserError
+from lamini_jax.errors import PREEMPTED, UserError
 
 # In the paper's order.
 EXPERIMENTS = (
@@ -37,7 +40,8 @@ EXPERIMENTS = (
     "retrieval_comparison",
     "compute_requirements",
 )
-VERDICTS = ("reproduced", "reproduced in part", "not reproduced")
+VERDICTS = (REPRODUCED, IN_PART, NOT)
+DONE = "report.json"  # in the directory of an experiment that has finished: what the page says of it
 
 command.define_config()
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the results and of the page.", required=True)
@@ -48,33 +52,59 @@ def run(name: str, directory: Path, overrides: list[str], title: str) -> dict:
     """What an experiment left in its directory, or the line with which it failed. A finished one is not run again."""
     arguments = ["-m", f"experiments.{name}", f"--workdir={directory}", *overrides]
     shown = " ".join(["python", *arguments])
-    finished = directory / "report.json"
+    finished = directory / DONE
     if finished.exists():
         print(f"{title}: done already", flush=True)
         return json.loads(finished.read_text())
     print(f"{title}: {shown}", flush=True)
     started = time.time()
     with (
-        tempfile.TemporaryFile() as output,
-        subprocess.Popen([sys.executable, *arguments], stdout=output, stderr=subprocess.PIPE) as process,
+        subprocess.Popen([sys.executable, *arguments], stderr=subprocess.PIPE) as process,
+        terminating(process) as told,
     ):
         tail = b""
         while chunk := os.read(process.stderr.fileno(), 4096):  # its progress, as it comes
             sys.stderr.buffer.write(chunk)
             sys.stderr.flush()
             tail = (tail + chunk)[-4096:]
-        process.wait()
-        output.seek(0)
-        table = output.read().decode()
-    print(table, flush=True)
+    if told:
+        raise UserError(f"terminated during {name}: run again to go on", PREEMPTED)
     result = {"name": name, "command": shown, "seconds": round(time.time() - started, 1)}
     if process.returncode:
         lines = re.split("[\r\n]+", tail.decode(errors="replace").strip())
         return {**result, "failure": lines[-1] or f"exit status {process.returncode}"}
     results = json.loads((directory / "results.json").read_text())
-    result |= {"table": table, "claims": results["claims"], "environment": results["environment"]}
+    result |= {name: results[name] for name in ("table", "claims", "environment")}
     command.write_json(finished, result)
     return result
+
+
+@contextlib.contextmanager
+def terminating(process: subprocess.Popen):
+    """As long as it lasts, a SIGTERM goes on to the process; the list that it gives has an element then."""
+    told = []
+
+    def pass_on(*_):
+        told.append(True)
+        process.terminate()
+
+    before = signal.signal(signal.SIGTERM, pass_on)
+    try:
+        yield told
+    finally:
+        process.wait()
+        signal.signal(signal.SIGTERM, before)
+
+
+def overrides(argv: list[str]) -> list[str]:
+    """Of a command line, what sets the config."""
+    found = []
+    for argument, following in zip(argv, [*argv[1:], "--"], strict=True):
+        if re.match(r"--?(no)?config([.=]|$)", argument):
+            found.append(argument)
+            if "=" not in argument and not re.match("--?([a-z]|$)", following):
+                found.append(following)
+    return found
 
 
 def page(parts: list[dict], directory: Path) -> tuple[str, str]:
@@ -91,7 +121,9 @@ def page(parts: list[dict], directory: Path) -> tuple[str, str]:
     claims = [claim | {"experiment": part["name"]} for part in parts for claim in part.get("claims", [])]
     counts = {verdict: sum(claim["verdict"] == verdict for claim in claims) for verdict in VERDICTS}
     environment = next((part["environment"] for part in parts if "environment" in part), {})
+    missing = set(EXPERIMENTS) - {part["name"] for part in parts}
     values = {"parts": parts, "claims": claims, "counts": counts, "environment": environment}
+    values["missing"] = [name for name in EXPERIMENTS if name in missing]
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
         autoescape=jinja2.select_autoescape(["html"]),
@@ -107,22 +139,22 @@ def main() -> None:
     if unknown:
         raise UserError(f"--only={unknown[0]}: no such experiment; there are {', '.join(EXPERIMENTS)}")
     command.require("report", "jinja2")
-    overrides = [argument for argument in sys.argv[1:] if re.match(r"--?(no)?config[.=]", argument)]
-    directory = command.open_workdir(_WORKDIR.value, {"overrides": overrides})
+    given = overrides(sys.argv[1:])
+    directory = command.open_workdir(_WORKDIR.value, {"overrides": given})
     names = [name for name in EXPERIMENTS if not _ONLY.value or name in _ONLY.value]
-    parts = []
+    parts = {name: json.loads(path.read_text()) for name in EXPERIMENTS if (path := directory / name / DONE).exists()}
     for number, name in enumerate(names, 1):
-        arguments = list(overrides)
-        if name == "regularization_test":  # the same six runs
-            arguments.append(f"--study={directory / 'randomization_test'}")
-        parts.append(run(name, directory / name, arguments, f"experiment {number} of {len(names)}, {name}"))
-        html, markdown = page(parts, directory)
+        # The same six runs.
+        study = [f"--study={directory / 'randomization_test'}"] if name == "regularization_test" else []
+        title = f"experiment {number} of {len(names)}, {name}"
+        parts[name] = run(name, directory / name, [*given, *study], title)
+        html, markdown = page([parts[name] for name in EXPERIMENTS if name in parts], directory)
         command.write_text(directory / "report.html", html)
         command.write_text(directory / "report.md", markdown)
-    for part in parts:
+    for part in parts.values():
         for claim in part.get("claims", []):
             print(f"{claim['verdict']:<20}{part['name']:<22}{claim['paper']}")
-    failed = [part["name"] for part in parts if "failure" in part]
+    failed = [name for name, part in parts.items() if "failure" in part]
     print(f"{directory / 'report.html'}, {directory / 'report.md'}")
     if failed:
         raise UserError(f"{', '.join(failed)} failed, as the page says; run again to go on")

@@ -21,7 +21,6 @@ Not yet run from end to end at full size.
 
 import dataclasses
 import itertools
-import json
 import statistics
 import time
 from collections.abc import Callable, Collection, Sequence
@@ -33,9 +32,9 @@ import numpy as np
 import tqdm
 from absl import flags
 
-from experiments import figures, retrieval
-from experiments.claims import claim
-from experiments.retrieval import Reply
+from experiments.parts import figures, retrieval, study
+from experiments.parts.claims import claim
+from experiments.parts.retrieval import Reply
 from lamini_jax import bank, command, lora, model, recall, router, runs, sharding
 from lamini_jax.config import Config, DataConfig
 from lamini_jax.data import builders
@@ -293,7 +292,6 @@ def table(results: dict) -> str:
         f"{lora_run['certified']} certified; memory experts {memory['epochs']} epochs in "
         f"{memory['tuning_seconds']:.0f} s, {memory['certified']} certified, {memory['experts_used']:,} experts used"
     )
-    lines += [f"{one['verdict']}: {one['paper']}\n    {one['measured']}" for one in results["claims"]]
     return "\n".join(lines)
 
 
@@ -304,10 +302,8 @@ def main() -> None:
     sharding.use(config.mesh)
     facts = facts_lib.load(config.data.facts, "true", config.data.count, config.seed, config.data.dir)
     base = model.load_base(config)
-    identity = {"config": dataclasses.asdict(config), "lora_epochs": _LORA_EPOCHS.value}
-    del identity["config"]["mesh"]
-    directory = command.open_workdir(_WORKDIR.value, identity | {"facts": runs.fingerprint(facts)})
-    started = time.time()
+    identity = {"lora_epochs": _LORA_EPOCHS.value, "facts": runs.fingerprint(facts)}
+    directory = study.directory_of(_WORKDIR.value, config, **identity)
     print(f"{len(facts)} facts; training the router ...", flush=True)
     routing = model.make_router(config, base, [fact.question for fact in facts])
     asked, calibration = questions(facts, config.seed)
@@ -316,12 +312,9 @@ def main() -> None:
     with tqdm.tqdm(makers.items(), unit="system") as bar:
         for name, make in bar:
             bar.set_postfix_str(name)
-            saved = directory / f"replies_{name}.json"
-            if not saved.exists():
-                began = time.time()
-                result = measured(make, asked, calibration, len(facts))
-                command.write_json(saved, result | {"seconds": time.time() - began})
-            found[name] = json.loads(saved.read_text())
+            found[name] = study.kept(
+                directory / f"replies_{name}.json", lambda make=make: measured(make, asked, calibration, len(facts))
+            )
     systems = rows(found, asked, calibration)
     results = {
         "facts": len(facts),
@@ -329,13 +322,9 @@ def main() -> None:
         "examples": {kind: asked[kind][0][0] for kind in SETS},
         "systems": systems,
         "claims": claims(systems),
-        "environment": command.environment(),
         "seconds": round(sum(one["seconds"] for one in found.values()), 1),
     }
-    command.write_json(directory / "results.json", results)
-    figures.retrieval_comparison(results, directory / "figures.png")
-    print(table(results))
-    print(f"{time.time() - started:.0f} s; {directory / 'results.json'}, {directory / 'figures.png'}")
+    study.finish(directory, results, table(results), figures.retrieval_comparison)
 
 
 if __name__ == "__main__":

@@ -20,18 +20,17 @@ Not yet run from end to end.
 """
 
 import dataclasses
+import functools
 import itertools
-import json
 import sys
-import time
 
 import jax
 import numpy as np
 import tqdm
 from absl import flags
 
-from experiments import figures
-from experiments.claims import claim
+from experiments.parts import figures, study
+from experiments.parts.claims import claim
 from lamini_jax import bank, command, model, processes, recall, router, row_optimizer, runs, sharding, tuning
 from lamini_jax.config import Config
 from lamini_jax.data import batches
@@ -201,38 +200,28 @@ def main() -> None:
     facts = facts_lib.load(data.facts, "random", data.count, config.seed, data.dir)
     questions = [fact.question for fact in facts]
     base = model.load_base(config)
-    identity = {"config": dataclasses.asdict(config), "facts": runs.fingerprint(facts), "backbone": base.fingerprint}
-    del identity["config"]["mesh"]  # any devices may go on with what others began
-    directory = command.open_workdir(_WORKDIR.value, identity)
-    features_QD, found = None, {}
+    identity = {"facts": runs.fingerprint(facts), "backbone": base.fingerprint}
+    directory = study.directory_of(_WORKDIR.value, config, **identity)
+    features = functools.cache(lambda: model.calibration_features(config, base, questions))
+    found = {}
     for number, (name, training) in enumerate(ROUTERS.items(), 1):
-        saved = directory / f"{name}.json"
-        if not processes.agree(saved.exists()):
-            started, title = time.time(), f"router {number} of {len(ROUTERS)}, {name}"
-            if features_QD is None:
-                features_QD = model.calibration_features(config, base, questions)
-            routers, expert_ids_EFK = selections(config, base, training, features_QD, questions)
+        title = f"router {number} of {len(ROUTERS)}, {name}"
+
+        def measured(training=training, title=title):
+            routers, expert_ids_EFK = selections(config, base, training, features(), questions)
             result = memorize(config, base, facts, routers, expert_ids_EFK, title)
             served = expert_ids_EFK[min(result["epochs"], len(expert_ids_EFK) - 1)]
-            result |= router.spread(served, config.memory.num_experts)
-            command.write_json(saved, result | {"seconds": round(time.time() - started, 1)})
-            processes.meet(name)
-        found[name] = json.loads(saved.read_text())
+            return result | router.spread(served, config.memory.num_experts)
+
+        found[name] = study.kept(directory / f"{name}.json", measured)
     results = {
         "routers": found,
         "facts": {"count": data.count, "dataset": data.facts},
         "memory": dataclasses.asdict(config.memory),
         "claims": claims(found),
-        "environment": command.environment(),
         "seconds": round(sum(result["seconds"] for result in found.values()), 1),
     }
-    command.write_json(directory / "results.json", results)
-    if processes.first():
-        figures.router_training(results, directory / "figures.png")
-    processes.say(table(found))
-    for one in results["claims"]:
-        processes.say(f"{one['verdict']}: {one['paper']}\n    {one['measured']}")
-    processes.say(f"{results['seconds']:.0f} s; {directory / 'results.json'}, {directory / 'figures.png'}")
+    study.finish(directory, results, table(found), figures.router_training)
 
 
 if __name__ == "__main__":

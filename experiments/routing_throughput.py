@@ -25,7 +25,7 @@ import numpy as np
 import tqdm
 from absl import flags
 
-from experiments import answering, figures, peers
+from experiments.parts import answering, figures, peers
 from lamini_jax import bank, command, lookup, sharding
 from lamini_jax.config import Config, MeshConfig
 from lamini_jax.errors import UserError

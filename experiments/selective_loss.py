@@ -14,16 +14,14 @@ Not yet run from end to end.
 
 import dataclasses
 import itertools
-import json
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 from absl import flags
 
-from experiments import figures_of_loss, loss_claims, losses, pretraining
-from experiments.loss_claims import NEAR_ZERO, SETS
+from experiments.parts import figures_of_loss, loss_claims, losses, pretraining, study
+from experiments.parts.loss_claims import NEAR_ZERO, SETS
 from lamini_jax import backbone, command, model, processes, recall, runs
 from lamini_jax.config import Config
 from lamini_jax.data import world
@@ -102,7 +100,6 @@ def table(results: dict) -> str:
     for name, entry in results["models"].items():
         means = "".join(f"{np.mean(entry['losses'][subset]):>22.4f}" for subset in SETS)
         lines.append(f"{name:<16}{means}{entry['recall']:>9.1%}{entry['heldout']['accuracy']:>8.1%}")
-    lines += [f"{claim['verdict']}: {claim['paper']} {claim['measured']}" for claim in results["claims"]]
     return "\n".join(lines)
 
 
@@ -113,26 +110,18 @@ def main() -> None:
     command.start(config.mesh)
     base = model.load_base(config)
     sets = examples(config.data.count, config.seed)
-    identity = {"config": dataclasses.asdict(config), "underfit_steps": _UNDERFIT_STEPS.value}
-    del identity["config"]["mesh"]  # any devices may go on with what others began
-    directory = command.open_workdir(_WORKDIR.value, identity)
-    started = time.time()
+    directory = study.directory_of(_WORKDIR.value, config, underfit_steps=_UNDERFIT_STEPS.value)
     found = {}
     for name, make in models(config, base, sets["key"], directory, _UNDERFIT_STEPS.value).items():
-        saved = directory / f"{name}.json"
-        if not processes.agree(saved.exists()):
-            processes.say(f"{name}: {ABOUT[name]} ...")
-            command.write_json(saved, measure(*make(), sets))
-            processes.meet(name)
-        found[name] = json.loads(saved.read_text())
-    results = {"models": found, "about": ABOUT, "claims": loss_claims.of_selective(found)}
-    results["environment"] = command.environment()
-    results["seconds"] = round(time.time() - started, 1)
-    command.write_json(directory / "results.json", results)
-    if processes.first():
-        figures_of_loss.selective(results, directory / "figures.png")
-    processes.say(table(results))
-    processes.say(f"{results['seconds']:.0f} s; {directory / 'results.json'}, {directory / 'figures.png'}")
+        processes.say(f"{name}: {ABOUT[name]} ...")
+        found[name] = study.kept(directory / f"{name}.json", lambda make=make: measure(*make(), sets))
+    results = {
+        "models": found,
+        "about": ABOUT,
+        "claims": loss_claims.of_selective(found),
+        "seconds": round(sum(entry["seconds"] for entry in found.values()), 1),
+    }
+    study.finish(directory, results, table(results), figures_of_loss.selective)
 
 
 if __name__ == "__main__":

@@ -7,8 +7,8 @@ import helpers
 import jax
 import pytest
 
-from experiments import arithmetic
-from experiments.arithmetic import Plan
+from experiments.parts import arithmetic
+from experiments.parts.arithmetic import Plan
 from lamini_jax import lora
 from lamini_jax.config import LLAMA3_8B, large
 from lamini_jax.data import batches

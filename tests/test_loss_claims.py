@@ -5,8 +5,8 @@ import copy
 import numpy as np
 import pytest
 
-from experiments import loss_claims
-from experiments.loss_claims import SAMPLES
+from experiments.parts import loss_claims
+from experiments.parts.loss_claims import SAMPLES
 
 LN2 = np.log(2)
 

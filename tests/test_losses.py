@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 
-from experiments import losses, pretraining
+from experiments.parts import losses, pretraining
 from lamini_jax import backbone, recall, runs
 from lamini_jax.data import world
 from lamini_jax.data.facts import Fact

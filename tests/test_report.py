@@ -5,7 +5,7 @@ import json
 import helpers
 import pytest
 
-from experiments.claims import IN_PART, NOT, REPRODUCED, claim
+from experiments.parts.claims import IN_PART, NOT, REPRODUCED, claim
 
 report = helpers.without_flags("experiments.report")
 

@@ -6,8 +6,8 @@ import helpers
 import numpy as np
 import pytest
 
-from experiments import retrieval
-from experiments.retrieval import Reply
+from experiments.parts import retrieval
+from experiments.parts.retrieval import Reply
 from lamini_jax import command, model, recall
 from lamini_jax.data import builders
 from lamini_jax.data.facts import Fact, fact_id

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import matplotlib
+import numpy as np
 
 matplotlib.use("Agg")
 
@@ -203,18 +204,21 @@ def compute_requirements(results: dict, path: Path) -> None:
 
 
 def regularization(results: dict, path: Path) -> None:
-    """Held-out accuracy of the backbone and after each run, with 95% intervals."""
-    names = list(results["runs"])
-    accuracies = [results["runs"][name]["accuracy"] for name in names]
-    intervals = [results["runs"][name]["interval"] for name in names]
-    errors = [[a - low for a, (low, _) in zip(accuracies, intervals, strict=True)]]
-    errors.append([high - a for a, (_, high) in zip(accuracies, intervals, strict=True)])
+    """Accuracy of the backbone and after each run, one panel per test, with 95% intervals."""
+    names, tests = list(results["runs"]), results["runs"]["backbone"]["tests"]
     colours = ["tab:gray", *(COLOURS[name.split("/")[1]] for name in names[1:])]
-    figure, axis = plt.subplots(figsize=(9, 4.5), layout="constrained")
-    axis.bar(names, accuracies, yerr=errors, color=colours, capsize=4)
-    axis.axhspan(*intervals[0], color="tab:gray", alpha=0.15)
-    axis.set(ylabel="held-out questions answered exactly", ylim=(0, 1.02))
-    axis.set_title(f"{results['questions']} held-out questions before and after memorizing (Table 1)")
-    axis.tick_params(axis="x", labelrotation=20)
+    figure, axes = plt.subplots(
+        1, len(tests), figsize=(9 + 4 * (len(tests) - 1), 5), squeeze=False, layout="constrained"
+    )
+    for axis, (test, start) in zip(axes[0], tests.items(), strict=True):
+        found = [results["runs"][name]["tests"][test] for name in names]
+        accuracies = np.array([one["accuracy"] for one in found])
+        low, high = np.array([one["interval"] for one in found]).T
+        axis.bar(names, accuracies, yerr=[accuracies - low, high - accuracies], color=colours, capsize=4)
+        axis.axhspan(*start["interval"], color="tab:gray", alpha=0.15)
+        axis.set(ylim=(0, 1.02), title=f"{test}: {start['questions']:,} questions")
+        axis.tick_params(axis="x", labelrotation=90 if len(tests) > 1 else 20)
+    axes[0][0].set_ylabel("share answered right")
+    figure.suptitle("Questions that nothing was tuned on, before and after memorizing (Table 1)")
     figure.savefig(path, dpi=120)
     plt.close(figure)

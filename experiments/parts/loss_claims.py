@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from experiments.claims import claim
+from experiments.parts.claims import claim
 from lamini_jax import recall
 from lamini_jax.config import CERTIFIED_LOSS
 
@@ -103,8 +103,10 @@ def of_threshold(results: dict) -> list[dict[str, str]]:
             "A fact whose training loss is low enough is never hallucinated (the paper's thesis; made exact: every "
             "token below ln 2).",
             f"{found['certified']} of {found['measured']} measurements of a fact certified, of which "
-            f"{found['certified_but_wrong']} were not recalled; the mean loss certifies nothing: "
-            f"{found['wrong_with_mean_below_ln2']} with a mean below ln 2 were wrong.",
+            f"{found['certified_but_wrong']} were not recalled. Recall sets in where the worst token costs about "
+            f"{found['worst_loss_at_which_recall_sets_in']:.2f} nats, or the mean one "
+            f"{found['mean_loss_at_which_recall_sets_in']:.3f}; a mean below ln 2 certifies nothing: "
+            f"{found['wrong_with_mean_below_ln2']} that had it were wrong.",
             found["certified"] > 0 and found["certified_but_wrong"] == 0,
         ),
         claim(

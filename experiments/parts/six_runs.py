@@ -6,7 +6,8 @@ from typing import NamedTuple
 
 import jax
 
-from lamini_jax import command, model, processes, router, runs
+from experiments.parts import study
+from lamini_jax import model, processes, router, runs
 from lamini_jax.config import Config
 from lamini_jax.data import facts as facts_lib
 
@@ -14,7 +15,7 @@ METHODS = {"lora": None, "mome_o_proj": "o_proj", "mome_down_proj": "down_proj"}
 RUNS = [f"{method}/{answers}" for method in METHODS for answers in facts_lib.ANSWERS]
 
 
-class Study(NamedTuple):
+class Setting(NamedTuple):
     """What all six runs have in common."""
 
     config: Config
@@ -24,20 +25,18 @@ class Study(NamedTuple):
     directory: Path
 
 
-def prepare(config: Config, workdir: str) -> Study:
+def prepare(config: Config, workdir: str) -> Setting:
     """Facts, backbone and router of a study, in its directory. Raises UserError if that belongs to another study."""
     data = config.data
     facts = {
         answers: facts_lib.load(data.facts, answers, data.count, config.seed, data.dir) for answers in facts_lib.ANSWERS
     }
     base = model.load_base(config)
-    identity = {"config": dataclasses.asdict(config)}
-    del identity["config"]["mesh"]  # any devices may go on with what others began
-    identity["facts"] = {answers: runs.fingerprint(facts[answers]) for answers in facts}
-    directory = command.open_workdir(workdir, identity)
+    fingerprints = {answers: runs.fingerprint(facts[answers]) for answers in facts}
+    directory = study.directory_of(workdir, config, facts=fingerprints)
     devices = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
     processes.say(f"{data.count} facts on {devices}; training the router ...")
-    return Study(config, base, facts, model.make_router(config, base, questions_of(facts)), directory)
+    return Setting(config, base, facts, model.make_router(config, base, questions_of(facts)), directory)
 
 
 def questions_of(facts: dict[str, list[facts_lib.Fact]]) -> list[str]:
@@ -45,13 +44,13 @@ def questions_of(facts: dict[str, list[facts_lib.Fact]]) -> list[str]:
     return [fact.question for fact in facts["true"]]
 
 
-def tune(study: Study, name: str) -> tuple[runs.Tuned, list[facts_lib.Fact]]:
+def tune(setting: Setting, name: str) -> tuple[runs.Tuned, list[facts_lib.Fact]]:
     """One of RUNS, gone on with from its last checkpoint, and its facts."""
     method, answers = name.split("/")
-    facts, directory = study.facts[answers], study.directory / name.replace("/", "_")
+    facts, directory = setting.facts[answers], setting.directory / name.replace("/", "_")
     title = f"run {RUNS.index(name) + 1} of {len(RUNS)}, {name}"
     if METHODS[method] is None:
-        return runs.tune_lora(study.config, study.base, facts, directory, title), facts
-    memory = dataclasses.replace(study.config.memory, target=METHODS[method])
-    config = dataclasses.replace(study.config, memory=memory)
-    return runs.tune_memory(config, study.base, lambda: study.routing, facts, directory, title), facts
+        return runs.tune_lora(setting.config, setting.base, facts, directory, title), facts
+    memory = dataclasses.replace(setting.config.memory, target=METHODS[method])
+    config = dataclasses.replace(setting.config, memory=memory)
+    return runs.tune_memory(config, setting.base, lambda: setting.routing, facts, directory, title), facts

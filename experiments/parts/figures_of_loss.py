@@ -4,8 +4,8 @@ from pathlib import Path
 
 import numpy as np
 
-from experiments.figures import plt
-from experiments.loss_claims import MEDIUM, SETS
+from experiments.parts.figures import plt
+from experiments.parts.loss_claims import MEDIUM, SETS
 
 PAPER_LEVELS = {"underfit": 13.2, "general": 1.4}  # nats per token that Figure 6 names
 COLOURS = {"key": "tab:red", "other": "tab:orange", "text": "tab:blue", "heldout": "tab:green"}
@@ -62,7 +62,7 @@ def _once(axis, once) -> None:
         entry, style = once[name], {"histtype": "step", "lw": 2} if name == "unseen" else {"alpha": 0.6}
         losses_F = np.clip(entry["losses"], bins[0], bins[-1])
         axis.hist(losses_F, bins, label=f"{label}: {100 * entry['recall']:.1f}% recalled", **style)
-    axis.set(title=f"{once['before']['facts']} arbitrary codes", xscale="log")
+    axis.set(title=f"{once['before']['facts']} arbitrary codes", xscale="log", yscale="log", ylim=(0.8, None))
     axis.set(xlabel="mean loss (nats per token)", ylabel="facts")
     axis.legend(fontsize="small")
 
@@ -94,9 +94,9 @@ def selective(results: dict, path: Path) -> None:
             start += len(losses_F)
         if name in PAPER_LEVELS:
             axis.axhline(PAPER_LEVELS[name], color="k", ls=":", label=f"paper: {PAPER_LEVELS[name]} everywhere")
-        axis.set(title=f"{name}: {results['about'][name]}", yscale="log")
+        axis.set(title=f"{name}: {results['about'][name]}", yscale="log", ylim=(FLOOR / 100, None))  # the legend's room
         axis.grid(alpha=0.3)
-        axis.legend(fontsize="small", loc="lower right")
+        axis.legend(fontsize="small", loc="lower center", ncols=2)
     for axis in axes[:, 0]:
         axis.set_ylabel("loss (nats per answer token)")
     for axis in axes[1]:

@@ -6,7 +6,7 @@ And what a step of each way to memorize costs, counted in matrix products. Power
 import dataclasses
 import math
 
-from experiments.claims import claim
+from experiments.parts.claims import claim
 from lamini_jax import backbone
 from lamini_jax.config import Config
 from lamini_jax.data.facts import RANDOM_LENGTH
