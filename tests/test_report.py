@@ -1,6 +1,7 @@
 """The page of all experiments: what failed is named, what has finished is kept, verdicts follow from measurements."""
 
 import json
+import time
 
 import helpers
 import pytest
@@ -46,6 +47,46 @@ def test_the_page_has_claims_figures_and_gaps(tmp_path):
         assert "it did" in page and "error: no room" in page and "jax 1.2.3" in page
     assert "it &lt;holds&gt;" in html and "a &lt; b" in html and "data:image/png;base64,cGljdHVyZQ==" in html
     assert "| randomization_test | it <holds> | it did | reproduced |" in markdown
+
+
+def test_the_page_names_what_has_not_run(tmp_path):
+    for text in report.page([], tmp_path):
+        assert f"Not run yet: {', '.join(report.EXPERIMENTS)}." in text
+
+
+@pytest.mark.parametrize(
+    "given, kept",
+    [
+        ("--workdir=x --config=a.py --config.memory.layers=1", ["--config=a.py", "--config.memory.layers=1"]),
+        ("--config a.py --only capacity", ["--config", "a.py"]),
+        ("--config.mesh.data -1 -config.seed 3", ["--config.mesh.data", "-1", "-config.seed", "3"]),
+        ("--noconfig.tuning.rematerialize --workdir x", ["--noconfig.tuning.rematerialize"]),
+        ("--config.tuning.rematerialize --configure=1", ["--config.tuning.rematerialize"]),
+    ],
+)
+def test_experiments_get_the_config_as_it_was_given(given, kept):
+    assert report.overrides(given.split()) == kept
+
+
+def test_some_experiments_more_and_a_sigterm(tmp_path):
+    """The page of one more experiment keeps the others'; one that is terminated is no failure of it."""
+    done = {"name": "capacity", "command": "c", "seconds": 1.0, "table": "the table", "claims": [], "environment": {}}
+    (tmp_path / "capacity").mkdir()
+    (tmp_path / "capacity" / "report.json").write_text(json.dumps(done))
+    options = "--only=compute_requirements", "--config.memory.num_experts=16384"
+    process = helpers.start("experiments.report", f"--workdir={tmp_path}", *options)
+    while "compute_requirements" not in process.stdout.readline():
+        pass
+    while not (tmp_path / "compute_requirements" / "config.json").exists():
+        time.sleep(0.1)
+    process.terminate()
+    result = helpers.finish(process)
+    assert result.returncode == 75 and result.stderr.endswith("run again to go on\n")
+    assert not (tmp_path / "compute_requirements" / "report.json").exists()
+    again = helpers.call("experiments.report", f"--workdir={tmp_path}", *options)
+    assert again.returncode == 0, again.stderr
+    page = (tmp_path / "report.md").read_text()
+    assert "the table" in page and "## compute_requirements" in page
 
 
 def test_bad_input(tmp_path):

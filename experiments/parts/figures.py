@@ -109,7 +109,7 @@ def router_training(results: dict, path: Path) -> None:
         axis.grid(alpha=0.3)
     axes[0].legend(fontsize="small")
     bars, points = axes[2].get_legend_handles_labels(), overlap.get_legend_handles_labels()
-    axes[2].legend(bars[0] + points[0], bars[1] + points[1], fontsize="small", loc="lower right")
+    axes[2].legend(bars[0] + points[0], bars[1] + points[1], fontsize="small", loc="center right")
     figure.suptitle(
         f"{results['facts']['count']} facts with random answers, "
         f"{memory['selected']} of {memory['num_experts']:,} experts each"

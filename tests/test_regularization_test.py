@@ -1,0 +1,53 @@
+"""Table 1: what questions earn before and after is compared question by question."""
+
+import helpers
+import pytest
+
+from experiments.parts import six_runs
+from lamini_jax import recall
+from lamini_jax.data.benchmarks import MultipleChoice
+from lamini_jax.data.world import QA
+
+study = helpers.without_flags("experiments.regularization_test")
+
+
+def test_counts_are_compared_by_the_exact_test():
+    """Five lost and none won: 2 / 2^5. As many lost as won: no sign of a change, though half of the answers changed."""
+    found = study.compared([True] * 6, [False] * 5 + [True])
+    assert (found["lost"], found["won"], found["accuracy"]) == (5, 0, pytest.approx(1 / 6))
+    assert found["p"] == pytest.approx(2 / 2**5) and found["interval"] == recall.wilson(1, 6)
+    assert study.compared([True, False] * 4, [False, True] * 4)["p"] == 1
+    assert study.compared([True, False], [True, False])["p"] == 1
+
+
+def test_shares_are_compared_by_the_paired_test():
+    """Differences of 0.1, 0.2 and 0.3: t = 0.2 / (0.1 / sqrt(3)) with two degrees of freedom, so p = 0.0742."""
+    before, after = [0.2, 0.5, 0.6], [0.3, 0.7, 0.9]
+    found = study.compared(before, after)
+    assert (found["lost"], found["won"]) == (0, 3)
+    assert found["p"] == pytest.approx(0.0742, abs=1e-4)
+    assert found["interval"] == recall.normal(after)
+
+
+def test_all_tests_judge_what_fits(base):
+    item = MultipleChoice("s", "q?", "Q: q?\nA:", (" yes", " no"), (True, False))
+    questions = [QA("sum", "2 + 2 =", "4")]
+    found = study.judged(base, recall.bare, questions, {"truthful_qa": [item], "mmlu": []})
+    assert set(found) == {"heldout", "truthful_qa mc1", "truthful_qa mc2"}
+    assert found["heldout"] == [False] and 0 < found["truthful_qa mc2"][0] < 1
+
+
+def results(p, exact=True):
+    """Of six runs, one of which has this p."""
+    same = {"accuracy": 0.9, "lost": 1, "won": 1, "p": 1.0}
+    runs = {name: {"tests": {"heldout": same}, "fact": {"exact": True}} for name in ("backbone", *six_runs.RUNS)}
+    runs["mome_o_proj/random"] = {"tests": {"heldout": same | {"p": p}}, "fact": {"exact": exact}}
+    return {"runs": runs}
+
+
+def test_verdicts_allow_for_the_number_of_tests():
+    """0.05 by six runs: a p of 0.02 among them is to be expected, one of 0.005 is not."""
+    whole, partly = "reproduced", "reproduced in part"
+    assert [claim["verdict"] for claim in study.claims(results(0.02))] == [whole] * 4
+    assert [claim["verdict"] for claim in study.claims(results(0.005))] == [whole, partly, whole, whole]
+    assert study.claims(results(1.0, exact=False))[-1]["verdict"] == partly
