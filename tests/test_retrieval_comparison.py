@@ -8,7 +8,7 @@ import pytest
 
 from experiments.parts import retrieval
 from experiments.parts.retrieval import Reply
-from lamini_jax import command, model, recall
+from lamini_jax import bank, command, model, recall
 from lamini_jax.data import builders
 from lamini_jax.data.facts import Fact, fact_id
 from lamini_jax.errors import UserError
@@ -122,7 +122,18 @@ def test_a_models_replies(base):
     replies = system.answer(TEXTS[:3])
     longest = 2 + len(FACTS[0].answer)  # the stop token, and one more
     assert [reply.text for reply in replies] == recall.answers(base, recall.bare, TEXTS[:3], longest)
-    assert all(0 < reply.score <= 1 for reply in replies)
+    assert all(0 < reply.score <= 1 and reply.known is None for reply in replies)
+
+
+def test_a_memory_knows_its_own_experts(base, routing):
+    """All of what a question selects is trained if its own fact did, a part of it if only another fact did."""
+    memory = helpers.CONFIG.memory
+    rows_NR = bank.init(np.uint32(0), bank.row_shape(helpers.BACKBONE, memory), memory.num_experts)
+    adapt = recall.with_memory(base, routing, lambda ids_BK: bank.gather(rows_NR, ids_BK), memory)
+    ids_FK = model.select_all(base, routing, TEXTS[:3], memory.selected)
+    system = comparison.model_system(base, adapt, FACTS[:3], size=30, trained_ids=np.unique(ids_FK[:2]))
+    known = [reply.known for reply in system.answer(TEXTS[:3])]
+    assert known == [1.0, 1.0, np.isin(ids_FK[2], ids_FK[:2]).mean()] and known[2] < 1
 
 
 def outcome(wrong: dict[str, int], exact: int = 0):
@@ -140,19 +151,20 @@ def outcome(wrong: dict[str, int], exact: int = 0):
 
 
 @pytest.mark.parametrize(
-    "verbatim, unknown, indexes, expected",
+    "verbatim, unknown, indexes, knowing, expected",
     [
-        (0, 0, 100, ["reproduced", "reproduced", "reproduced"]),
-        (5, 50, 100, ["reproduced in part", "reproduced", "reproduced in part"]),
-        (20, 900, 100, ["not reproduced", "reproduced", "not reproduced"]),
-        (0, 900, 0, ["reproduced", "not reproduced", "not reproduced"]),
-        (0, 900, 1000, ["reproduced", "not reproduced", "reproduced in part"]),
+        (0, 0, 100, 0, ["reproduced", "reproduced", "reproduced"]),
+        (5, 50, 100, 0, ["reproduced in part", "reproduced", "reproduced in part"]),
+        (20, 900, 100, 1, ["not reproduced", "reproduced", "not reproduced"]),
+        (0, 900, 0, 1, ["reproduced", "not reproduced", "not reproduced"]),
+        (0, 900, 1000, 0, ["reproduced", "not reproduced", "reproduced in part"]),
     ],
 )
-def test_verdicts_follow_from_the_counts(verbatim, unknown, indexes, expected):
+def test_verdicts_follow_from_the_counts(verbatim, unknown, indexes, knowing, expected):
     systems = {name: outcome({"unknown": indexes}) for name in comparison.RETRIEVAL}
     systems |= {"lora": outcome({"unknown": 500}), "mome": outcome({"verbatim": verbatim, "unknown": unknown})}
     systems["mome" + comparison.REFUSING] = outcome({})
+    systems["mome" + comparison.KNOWN] = outcome({"typos": knowing}, exact=1000 - knowing)
     assert [claim["verdict"] for claim in comparison.claims(systems)] == expected
 
 
@@ -169,7 +181,7 @@ def test_a_killed_run_goes_on(tmp_path):
     for name in comparison.MODELS:
         replies = {
             part: {
-                kind: [Reply(answer or "7", 0.9 if answer else 0.1) for _, answer in pairs]
+                kind: [Reply(answer or "7", *([0.9, 1.0] if answer else [0.1, 0.2])) for _, answer in pairs]
                 for kind, pairs in asked.items()
             }
             for part, asked in (("test", test), ("calibration", calibration))
@@ -182,8 +194,11 @@ def test_a_killed_run_goes_on(tmp_path):
     assert result.returncode == 0, result.stderr
     found = json.loads((tmp_path / "results.json").read_text())
     assert not (tmp_path / "lora").exists() and (tmp_path / "figures.png").stat().st_size > 10_000
-    assert list(found["systems"]) == [*comparison.RETRIEVAL, "lora", "lora + refusal", "mome", "mome + refusal"]
+    models = ["lora", "lora + refusal", "mome", "mome + refusal", "mome + known experts"]
+    assert list(found["systems"]) == [*comparison.RETRIEVAL, *models]
     assert found["systems"]["mome"]["sets"]["unknown"]["wrong"] == 4
     assert found["systems"]["mome + refusal"]["sets"]["unknown"]["none"] == 4
+    assert found["systems"]["mome + known experts"]["sets"]["unknown"]["none"] == 4
+    assert found["systems"]["mome + known experts"]["sets"]["verbatim"]["exact"] == 4
     assert found["systems"]["b_tree"]["sets"]["typos"]["none"] == 4
     assert found["claims"][0]["verdict"] == "reproduced" and "bm25 " in result.stdout

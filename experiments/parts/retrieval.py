@@ -18,10 +18,14 @@ MODULES = ("sklearn", "bm25s", "faiss")  # what this file imports when it is ask
 
 
 class Reply(NamedTuple):
-    """What a system says, None or empty if nothing, and how sure it is of that, on a scale of its own."""
+    """What a system says, None or empty if nothing, and how sure it is of that, on a scale of its own.
+
+    `known`, of memory experts: the share of those that the question selected which facts have trained.
+    """
 
     text: str | None
     score: float
+    known: float | None = None
 
 
 class System(NamedTuple):
