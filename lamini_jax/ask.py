@@ -7,9 +7,11 @@
 The first prints the answer alone, as it is made. The second answers each line of the standard input with one line. The
 third answers a file of lines {"question": "..."} and writes them to OUT.jsonl with "generated" added to each.
 --memory=OUT, from `lamini_jax.export`, serves in place of --workdir, beside the backbone at --backbone if that lies
-elsewhere on this machine. --details adds the experts that a question selected, and how sure the answer is: the smallest
-probability among its tokens. --temperature samples instead of taking the likeliest tokens. --lookup=approximate finds
-experts faster on a TPU and misses some of them. --mesh_model is what --config.mesh.model is to tuning.
+elsewhere on this machine. --details adds how sure the answer is, the smallest probability among its tokens, and the
+experts that the question selected, with how many of them facts have trained: all of them for a question that was tuned,
+few for one that the memory knows nothing of. --temperature samples instead of taking the likeliest tokens.
+--lookup=approximate finds experts faster on a TPU and misses some of them. --mesh_model is what --config.mesh.model is
+to tuning.
 """
 
 import dataclasses
@@ -17,6 +19,7 @@ import json
 import sys
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -35,7 +38,7 @@ _BACKBONE = flags.DEFINE_string("backbone", None, "Where the checkpoint of the b
 _QUESTION = flags.DEFINE_string("question", None, "One question.")
 _QUESTIONS = flags.DEFINE_string("questions", None, "JSONL file with many.")
 _OUTPUT = flags.DEFINE_string("output", None, "Where the answers to --questions go.")
-_DETAILS = flags.DEFINE_bool("details", False, "Adds the selected experts, and the smallest probability of a token.")
+_DETAILS = flags.DEFINE_bool("details", False, "Adds the smallest probability of a token, and the selected experts.")
 _TEMPERATURE = flags.DEFINE_float("temperature", 0.0, "Samples at this temperature; 0: the likeliest tokens.", 0.0)
 _SEED = flags.DEFINE_integer("seed", 0, "Of the samples.", lower_bound=0)
 _LOOKUP = flags.DEFINE_enum("lookup", None, ["approximate"], "Instead of the exact lookup that tuned.")
@@ -67,13 +70,26 @@ def main() -> None:
     base, tuned = model.load_base(config), load(config)
     if _LOOKUP.value:
         tuned = dataclasses.replace(tuned, routing=tuned.routing.replace(lookup=_LOOKUP.value))
-    adapt = memory.adapt_with(base, tuned, config)
+    served = _Served(base, memory.adapt_with(base, tuned, config), np.asarray(tuned.expert_ids_S))
     if _QUESTION.value is not None:
-        _print_answer(base, adapt, _QUESTION.value)
+        _print_answer(served, _QUESTION.value)
     elif _QUESTIONS.value is not None:
-        _write_answers(base, adapt, records)
+        _write_answers(served, records)
     else:
-        _answer_lines(base, adapt, sys.stdin.buffer)
+        _answer_lines(served, sys.stdin.buffer)
+
+
+class _Served(NamedTuple):
+    """What answers."""
+
+    base: model.Base
+    adapt: recall.Adapt
+    trained_ids: np.ndarray  # of the experts that facts have trained
+
+    def details(self, answer: recall.Answer) -> dict[str, Any]:
+        """What --details adds to an answer."""
+        trained = int(np.isin(answer.expert_ids, self.trained_ids).sum())
+        return {"probability": answer.probability, "trained_experts": trained, "expert_ids": answer.expert_ids}
 
 
 def _source():
@@ -101,22 +117,24 @@ def _sampling(draw: int = 0) -> Sampling | None:
     return Sampling(jax.random.fold_in(jax.random.key(_SEED.value), draw), np.float32(_TEMPERATURE.value))
 
 
-def _print_answer(base: model.Base, adapt: recall.Adapt, question: str, draw: int = 0) -> None:
+def _print_answer(served: _Served, question: str, draw: int = 0) -> None:
     """Prints an answer as it grows; what may still become another character waits."""
     printed = ""
-    for answer in recall.stream(base, adapt, question, _sampling(draw)):
+    for answer in recall.stream(served.base, served.adapt, question, _sampling(draw)):
         text = answer.text.rstrip("\ufffd")
         if processes.first() and text.startswith(printed):
             print(text[len(printed) :], end="", flush=True)
             printed = text
     processes.say(answer.text[len(printed) :])
     if _DETAILS.value:
+        details = served.details(answer)
         processes.say(f"  least likely token: {answer.probability:.4f}")
+        processes.say(f"  trained experts: {details['trained_experts']} of {len(answer.expert_ids)}")
         processes.say(f"  experts: {' '.join(map(str, answer.expert_ids))}")
 
 
-def _answer_lines(base: model.Base, adapt: recall.Adapt, lines: Iterable[bytes]) -> None:
-    context = base.decoder.config.context
+def _answer_lines(served: _Served, lines: Iterable[bytes]) -> None:
+    tokenizer, context = served.base.tokenizer, served.base.decoder.config.context
     for number, line in enumerate(lines, 1):
         where = f"standard input, line {number}"
         try:
@@ -124,19 +142,19 @@ def _answer_lines(base: model.Base, adapt: recall.Adapt, lines: Iterable[bytes])
         except UnicodeDecodeError as error:
             raise UserError(f"{where}: is not UTF-8 (byte {error.start + 1})") from None
         if question.strip():
-            check_question(question, base.tokenizer, context, where)
-            _print_answer(base, adapt, question, number)
+            check_question(question, tokenizer, context, where)
+            _print_answer(served, question, number)
 
 
-def _write_answers(base: model.Base, adapt: recall.Adapt, records: list[dict]) -> None:
+def _write_answers(served: _Served, records: list[dict]) -> None:
     asked = [record["question"] for record in records]
-    given = recall.ask(base, adapt, asked, sampling=_sampling())
+    given = recall.ask(served.base, served.adapt, asked, sampling=_sampling())
     progress = {"total": len(asked), "unit": "answer", "mininterval": 1.0, "disable": not processes.first()}
     answers = dict(tqdm.tqdm(given, **progress))
     lines = []
     for number, record in enumerate(records):
         answer = answers[number]
-        details = {"probability": answer.probability, "expert_ids": answer.expert_ids} if _DETAILS.value else {}
+        details = served.details(answer) if _DETAILS.value else {}
         lines.append(json.dumps({**record, "generated": answer.text, **details}))
     command.write_text(_OUTPUT.value, "\n".join(lines) + "\n")
     processes.say(f"{len(lines)} answers in {_OUTPUT.value}")

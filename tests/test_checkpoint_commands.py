@@ -88,8 +88,11 @@ def test_all_facts_hold(run):
 def test_answers_and_details(details):
     assert [line["generated"] for line in details[:3]] == [fact.answer for fact in FACTS]
     for line in details:
-        assert set(line) == {"question", "generated", "probability", "expert_ids"}
+        assert set(line) == {"question", "generated", "probability", "trained_experts", "expert_ids"}
         assert len(set(line["expert_ids"])) == 32
+    trained = {expert for line in details[:3] for expert in line["expert_ids"]}
+    assert [line["trained_experts"] for line in details] == [len(trained & set(line["expert_ids"])) for line in details]
+    assert details[-1]["trained_experts"] < 32  # nobody tuned that question
     assert all(line["probability"] > 0.5 for line in details[:3])  # certified
 
 
@@ -99,14 +102,15 @@ def test_lines_of_the_standard_input(run, details):
     lines = ["", FACTS[2].question, "  ", FACTS[1].question + "\r", "x" * 500, FACTS[0].question]
     result = helpers.finish(too_long, "\n".join(lines))
     told = result.stdout.splitlines()
-    assert told[0::3] == [FACTS[2].answer, FACTS[1].answer]
-    for line, probability, experts in zip((details[2], details[1]), told[1::3], told[2::3], strict=True):
+    assert told[0::4] == [FACTS[2].answer, FACTS[1].answer]
+    assert told[2::4] == ["  trained experts: 32 of 32"] * 2
+    for line, probability, experts in zip((details[2], details[1]), told[1::4], told[3::4], strict=True):
         assert float(probability.split()[-1]) == pytest.approx(line["probability"], abs=1e-3)
         assert [int(expert) for expert in experts.split()[1:]] == line["expert_ids"]
     assert result.returncode == 2
     assert result.stderr.count("\n") == 1 and "standard input, line 5" in result.stderr
     result = helpers.finish(no_text, b"Who?\n\xff\xfe\n")
-    assert (result.returncode, result.stdout.count("\n")) == (2, 3)
+    assert (result.returncode, result.stdout.count("\n")) == (2, 4)
     assert result.stderr.count("\n") == 1 and "standard input, line 2" in result.stderr
 
 
