@@ -21,12 +21,10 @@ without examples, 36 with one, and 11,166 do not fit; of TruthfulQA's 817, 6 do 
 """
 
 import dataclasses
-import sys
 import time
 from collections import Counter
 from pathlib import Path
 
-import tqdm
 from absl import flags
 
 from experiments.parts import study
@@ -52,11 +50,8 @@ def judged(
         raise UserError(
             f"{name}: none of its {len(items)} questions fits in --config.backbone.context={context} tokens"
         )
-    interval = 0.5 if sys.stderr.isatty() else 10.0
     total = sum(len(item.choices) for item in fitting)
-    with tqdm.tqdm(
-        total=total, desc=title, unit="choice", mininterval=interval, disable=not processes.first()
-    ) as progress:
+    with processes.bar(total=total, desc=title, unit="choice") as progress:
         scores = recall.score(base, adapt, fitting, progress.update)
     left_out = len(items) - len(fitting)
     if name == "mmlu":

@@ -4,10 +4,10 @@
     python -m experiments.capacity --workdir=runs/capacity --counts=100,400,5000
 
 Facts are entries of a phone book, ten random digits each, so log2(10^10) = 33.2 bits that nobody can guess. Sets of
---counts of them are memorized by the config's own memory. Then the same hundred are memorized by smaller and smaller
-memories: as the load F*K/N (facts, experts selected by each, experts) rises, each expert has to serve more facts.
-Beside them stand dense LoRAs with as many trained parameters as two of these memories have. Tuning ends when every
-fact is certified and recalled, or with the budget of epochs.
+--counts of them are memorized by the config's own memory. Then a hundred are memorized by smaller and smaller memories,
+and four hundred by a small one: as the load F*K/N (facts, experts selected by each, experts) rises, each expert has to
+serve more facts. Beside them stand dense LoRAs with as many trained parameters as two of these memories have. Tuning
+ends when every fact is certified and recalled, or with the budget of epochs.
 
 `bits per parameter` counts the floats of the rows that facts have trained, and a fact only if greedy decoding returns
 it; `coded` is the bits that the model saves in coding the digits, wrong ones included, which is how the capacities of
@@ -50,13 +50,14 @@ _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the study.", requi
 _COUNTS = flags.DEFINE_list("counts", ["100", "400"], "Sizes of the sets that the config's memory memorizes.")
 
 FACTS = 100
-# Memories of these targets, K and N, of which only squares suit product keys.
+# Memories that are filled up: facts, target, K and N, of which only squares suit product keys.
 MEMORIES = (
-    *(("down_proj", 32, num_experts) for num_experts in (2**12, 2**8, 2**6)),
-    *(("o_proj", 32, num_experts) for num_experts in (2**8, 2**6)),
-    *(("down_proj", 2, num_experts) for num_experts in (2**8, 2**6, 2**4, 2**2)),
+    *((FACTS, "down_proj", 32, num_experts) for num_experts in (2**12, 2**8, 2**6)),
+    (4 * FACTS, "down_proj", 32, 2**6),
+    *((FACTS, "o_proj", 32, num_experts) for num_experts in (2**8, 2**6)),
+    *((FACTS, "down_proj", 2, num_experts) for num_experts in (2**8, 2**6, 2**4, 2**2)),
 )
-# A LoRA beside each of these, of the nearest rank.
+# A LoRA that memorizes as many facts beside each of these memories, of the nearest rank.
 BESIDE = (("down_proj", 32, 2**8), ("down_proj", 2, 2**4))
 BITS = math.log2(10**10)
 PUBLISHED = {"arXiv 2404.05405": 2.0, "arXiv 2505.24832": 3.6}
@@ -89,7 +90,7 @@ def floats_per_rank(config: BackboneConfig) -> int:
 def cells(config: Config, counts: list[int]) -> list[Cell]:
     """All of the study, small ones first."""
     own = config.memory
-    grid = [Cell(FACTS, *memory) for memory in MEMORIES]
+    grid = [Cell(*memory) for memory in MEMORIES]
     loras = []
     for target, _, num_experts in BESIDE:
         shape = bank.row_shape(config.backbone, dataclasses.replace(own, target=target))
@@ -111,10 +112,9 @@ def measure(
     else:
         wanted = {"num_experts": cell.num_experts, "selected": cell.selected, "target": cell.target}
         config = dataclasses.replace(config, memory=dataclasses.replace(config.memory, **wanted))
-        questions = [fact.question for fact in facts]
         routing = router.train(config, features_QD)
-        spread = router.spread(model.select_all(base, routing, questions, cell.selected), cell.num_experts)
         tuned = runs.tune_memory(config, base, lambda: routing, facts, directory, title, until_all_hold=True)
+        spread = router.spread(tuned.expert_ids_FK, cell.num_experts)
         trained = spread["experts_used"] * bank.row_shape(base.decoder.config, config.memory).floats
     exact_F, _ = runs.recalled(base, tuned.adapt, facts)
     log, recalled = tuned.log, int(exact_F.sum())

@@ -30,7 +30,7 @@ from absl import flags
 from experiments.parts import arithmetic, figures, study
 from experiments.parts.arithmetic import Plan, number
 from experiments.parts.claims import claim
-from lamini_jax import backbone, bank, command, model, row_optimizer, sharding, tuning
+from lamini_jax import backbone, bank, command, model, processes, row_optimizer, sharding, tuning
 from lamini_jax.config import LLAMA3_8B, Config, large
 from lamini_jax.data import batches
 from lamini_jax.data import facts as facts_lib
@@ -265,7 +265,7 @@ def main() -> None:
     sharding.use(config.mesh)
     directory = study.directory_of(_WORKDIR.value, config, plan=dataclasses.asdict(given))
     started = time.time()
-    with tqdm.tqdm(total=(TURNS + 1) * (len(METHODS) + 1), unit="step") as bar:
+    with processes.bar(total=(TURNS + 1) * (len(METHODS) + 1), unit="step") as bar:
         steps = measured(config, bar)
     compared = arithmetic.comparisons()
     results = {

@@ -31,13 +31,12 @@ from typing import Any
 
 import jax
 import numpy as np
-import tqdm
 from absl import flags
 
 from experiments.parts import figures, retrieval, study
 from experiments.parts.claims import claim
 from experiments.parts.retrieval import Reply
-from lamini_jax import bank, command, lora, model, recall, router, runs, sharding
+from lamini_jax import bank, command, lora, model, processes, recall, router, runs, sharding
 from lamini_jax.config import Config, DataConfig
 from lamini_jax.data import builders
 from lamini_jax.data import facts as facts_lib
@@ -170,7 +169,6 @@ def latency(system: retrieval.System, texts: Sequence[str]) -> float:
 
 def contenders(config: Config, base: model.Base, routing: router.Router, facts, directory: Path, lora_epochs: int):
     """name -> what makes the system ready and returns it with what there is to say of its training."""
-    asked = [fact.question for fact in facts]
 
     def tuned_lora():
         budget = dataclasses.replace(config, tuning=dataclasses.replace(config.tuning, epochs=lora_epochs))
@@ -181,8 +179,7 @@ def contenders(config: Config, base: model.Base, routing: router.Router, facts, 
 
     def tuned_memory():
         tuned = runs.tune_memory(config, base, lambda: routing, facts, directory / "mome", "memory experts", True)
-        ids_FK = model.select_all(base, routing, asked, config.memory.selected)
-        used = np.unique(ids_FK)
+        used = np.unique(tuned.expert_ids_FK)
         row = bank.row_shape(config.backbone, config.memory).floats * np.dtype(config.memory.dtype).itemsize
         facts_of = training(tuned) | {"experts_used": used.size, "bank_bytes": row * config.memory.num_experts}
         return model_system(base, tuned.adapt, facts, used.size * row, used), facts_of
@@ -324,7 +321,7 @@ def main() -> None:
     asked, calibration = questions(facts, config.seed)
     found = {}
     makers = contenders(config, base, routing, facts, directory, _LORA_EPOCHS.value)
-    with tqdm.tqdm(makers.items(), unit="system") as bar:
+    with processes.bar(makers.items(), unit="system") as bar:
         for name, make in bar:
             bar.set_postfix_str(name)
             found[name] = study.kept(

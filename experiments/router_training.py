@@ -22,11 +22,9 @@ Not yet run from end to end.
 import dataclasses
 import functools
 import itertools
-import sys
 
 import jax
 import numpy as np
-import tqdm
 from absl import flags
 
 from experiments.parts import figures, study
@@ -71,7 +69,7 @@ def selections(config: Config, base: model.Base, training: Training, features_QD
     chosen = list(itertools.islice(projections, training.epochs, training.epochs + epochs))
     first = router.make(config, *chosen[0])
     routers = [first.replace(mean_D=sharding.put(mean), transform_DC=sharding.put(t)) for mean, t in chosen]
-    progress = tqdm.tqdm(routers, desc="selecting", unit="epoch", disable=len(routers) == 1 or not processes.first())
+    progress = processes.bar(routers, desc="selecting", unit="epoch", delay=1)
     ids = [model.select_all(base, routing, questions, config.memory.selected) for routing in progress]
     return routers, np.stack(ids)
 
@@ -119,9 +117,7 @@ def memorize(config: Config, base: model.Base, facts, routers, expert_ids_EFK: n
         bar.update()
 
     gather = jax.jit(bank.gather)
-    interval = 0.5 if sys.stderr.isatty() else 10.0
-    options = {"unit": "epoch", "mininterval": interval, "disable": not processes.first()}
-    with tqdm.tqdm(total=config.tuning.epochs, desc=title, **options) as bar:
+    with processes.bar(total=config.tuning.epochs, desc=title, unit="epoch") as bar:
         hooks = {"recalled": recalled_F, "after_epoch": after_epoch}
         state = tuning.tune(method, base.params, state, prepared, log, config, until_all_hold=True, **hooks)
     return {

@@ -22,11 +22,10 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tqdm
 from absl import flags
 
 from experiments.parts import answering, figures, peers
-from lamini_jax import bank, command, lookup, sharding
+from lamini_jax import bank, command, lookup, processes, sharding
 from lamini_jax.config import Config, MeshConfig
 from lamini_jax.errors import UserError
 
@@ -280,7 +279,7 @@ def main() -> None:
     bandwidth = copy_bandwidth()
     print(f"{jax.device_count()} x {jax.devices()[0].device_kind}: copies {bandwidth / 1e9:.1f} GB/s", flush=True)
     rows = []
-    with tqdm.tqdm(total=len(sizes) * len(batches) + answering.TURNS + 1, unit="step") as bar:
+    with processes.bar(total=len(sizes) * len(batches) + answering.TURNS + 1, unit="step") as bar:
         for num_experts in sizes:
             tables = make_tables(num_experts)
             searches = {}

@@ -11,10 +11,9 @@ import time
 
 import jax
 import numpy as np
-import tqdm
 from absl import flags
 
-from lamini_jax import bank, command, model, row_optimizer, tuning
+from lamini_jax import bank, command, model, processes, row_optimizer, tuning
 from lamini_jax.data import batches
 from lamini_jax.data import facts as facts_lib
 
@@ -45,7 +44,7 @@ def main() -> None:
         (buckets[num_experts],) = tuning.memory_buckets(base, examples, ids_FK, slots_FK)
     del rows_NR
     rows_B = np.arange(len(facts), dtype=np.int32)
-    for step in tqdm.trange(STEPS + 2, unit="step"):
+    for step in processes.bar(range(STEPS + 2), unit="step"):
         for num_experts in NUM_EXPERTS:
             started = time.perf_counter()
             state, losses = method.step(base.params, states[num_experts], buckets[num_experts], rows_B)

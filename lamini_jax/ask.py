@@ -23,7 +23,6 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-import tqdm
 from absl import flags
 
 from lamini_jax import command, hf, memory, model, processes, recall
@@ -149,8 +148,7 @@ def _answer_lines(served: _Served, lines: Iterable[bytes]) -> None:
 def _write_answers(served: _Served, records: list[dict]) -> None:
     asked = [record["question"] for record in records]
     given = recall.ask(served.base, served.adapt, asked, sampling=_sampling())
-    progress = {"total": len(asked), "unit": "answer", "mininterval": 1.0, "disable": not processes.first()}
-    answers = dict(tqdm.tqdm(given, **progress))
+    answers = dict(processes.bar(given, total=len(asked), unit="answer"))
     lines = []
     for number, record in enumerate(records):
         answer = answers[number]

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lamini_jax import backbone, hf, router, sharding
+from lamini_jax import backbone, hf, processes, router, sharding
 from lamini_jax.backbone import Decoder
 from lamini_jax.config import Config, from_config_dict
 from lamini_jax.data import batches, world
@@ -21,6 +21,7 @@ from lamini_jax.data.tokenizer import ByteTokenizer, CheckpointTokenizer
 from lamini_jax.errors import UserError
 
 _ROUTING_BATCH = 64
+_LONG = 5  # seconds after which a progress bar appears
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,14 +147,17 @@ def _query(decoder: Decoder, params, routing: router.Router, prompt_BT, length_B
 def over(prompts: list[batches.Prompts], function):
     """`function(prompt_BT, length_B)` over buckets in batches of one size; results in the order of the questions.
 
-    They are a pytree of arrays with a leading axis B, which are put together.
+    They are a pytree of arrays with a leading axis B, which are put together. Tells of its progress if it takes long.
     """
     parts, order = [], []
-    for bucket in prompts:
-        for rows_B in batches.in_order(len(bucket.index_F), min(_ROUTING_BATCH, len(bucket.index_F))):
-            valid = rows_B >= 0
-            part = function(bucket.tokens_FT[rows_B], bucket.length_F[rows_B])
-            parts.append(jax.tree.map(lambda x, valid=valid: np.asarray(x)[valid], part))
-            order.append(bucket.index_F[rows_B[valid]])
+    count = sum(len(bucket.index_F) for bucket in prompts)
+    with processes.bar(total=count, desc="reading", unit="question", delay=_LONG, leave=False) as bar:
+        for bucket in prompts:
+            for rows_B in batches.in_order(len(bucket.index_F), min(_ROUTING_BATCH, len(bucket.index_F))):
+                valid = rows_B >= 0
+                part = function(bucket.tokens_FT[rows_B], bucket.length_F[rows_B])
+                parts.append(jax.tree.map(lambda x, valid=valid: np.asarray(x)[valid], part))
+                order.append(bucket.index_F[rows_B[valid]])
+                bar.update(int(valid.sum()))
     order = np.argsort(np.concatenate(order))
     return jax.tree.map(lambda *x: np.concatenate(x)[order], *parts)

@@ -14,13 +14,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lamini_jax import backbone, bank, decoding, model, router, sharding
+from lamini_jax import backbone, bank, decoding, model, processes, router, sharding
 from lamini_jax.config import MemoryConfig
 from lamini_jax.data import batches
 from lamini_jax.data.benchmarks import MultipleChoice
 from lamini_jax.decoding import Adapted, Sampling
 
 _BATCH = 64
+_LONG = 5  # seconds after which a progress bar appears
 _Z = 1.959964  # of the 95% intervals
 
 
@@ -113,8 +114,9 @@ def stream(base: model.Base, adapt: Adapt, question: str, sampling: Sampling | N
 
 
 def answers(base: model.Base, adapt: Adapt, questions: Sequence[str], longest: int | None = None) -> list[str]:
-    """The answers of greedy decoding, as text."""
-    texts = dict(ask(base, adapt, questions, longest))
+    """The answers of greedy decoding, as text. Tells of its progress if it takes long."""
+    given = ask(base, adapt, questions, longest)
+    texts = dict(processes.bar(given, total=len(questions), desc="asking", unit="question", delay=_LONG, leave=False))
     return [texts[number].text for number in range(len(questions))]
 
 

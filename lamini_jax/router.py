@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import scipy.sparse
 
 from lamini_jax import lookup, sharding
 from lamini_jax.config import Config, RouterConfig
@@ -152,13 +153,14 @@ def train(config: Config, features_QD: np.ndarray) -> Router:
 def spread(expert_ids_FK: np.ndarray, num_experts: int) -> dict[str, float]:
     """How a selection spreads: experts used, load F*K/N, and the share of experts that facts have in common."""
     count, k = expert_ids_FK.shape
-    rows = np.sort(expert_ids_FK, axis=1)
-    overlap_FF = np.stack([np.isin(rows, row).sum(axis=1) for row in rows]) / k
-    np.fill_diagonal(overlap_FF, 0.0)
-    others = max(count - 1, 1)
+    facts_X = np.repeat(np.arange(count), k)
+    selected_FN = scipy.sparse.csr_array((np.ones(count * k, np.int32), (facts_X, expert_ids_FK.ravel())))
+    # Sparse, because hardly any two of many facts share an expert.
+    shared_FF = (selected_FN @ selected_FN.T).tocsr()
+    shared_FF.setdiag(0)
     return {
         "experts_used": int(np.unique(expert_ids_FK).size),
         "load": count * k / num_experts,
-        "mean_overlap": float(overlap_FF.sum() / (count * others)),
-        "nearest_overlap": float(overlap_FF.max(axis=1).mean()),
+        "mean_overlap": float(shared_FF.sum() / (k * count * max(count - 1, 1))),
+        "nearest_overlap": float(shared_FF.max(axis=1).toarray().mean() / k),
     }

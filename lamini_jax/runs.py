@@ -3,7 +3,6 @@
 import dataclasses
 import hashlib
 import json
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,6 @@ from typing import Any
 import jax
 import numpy as np
 import optax
-import tqdm
 
 from lamini_jax import bank, checkpoint, memory, model, processes, recall, router, row_optimizer, tuning
 from lamini_jax.config import Config
@@ -27,6 +25,7 @@ class Tuned:
     log: tuning.Log
     adapt: recall.Adapt
     certified_F: np.ndarray  # which facts are, by the losses measured last
+    expert_ids_FK: np.ndarray | None = None  # of memory tuning
 
 
 def fingerprint(facts: Sequence[Fact]) -> str:
@@ -99,7 +98,8 @@ def tune_memory(
     extra = {"keys": memory.key_checksum(routing), "backbone": base.fingerprint}
     loop = _Loop(config, base, facts, checkpoints, title, keep, extra, adapt_with, until_all_hold, watch)
     state = _run(loop, method, state, prepared, log)
-    return Tuned(log, adapt_with(state), log.worst_F < tuning.certified_loss(config.backbone.dtype))
+    certified_F = log.worst_F < tuning.certified_loss(config.backbone.dtype)
+    return Tuned(log, adapt_with(state), certified_F, expert_ids_FK)
 
 
 def tune_lora(
@@ -165,10 +165,7 @@ class _Loop:
 
 def _run(loop: _Loop, method: tuning.Method, state, prepared: tuning.Facts, log: tuning.Log):
     """The loop with its progress bar and its checkpoints. Raises UserError (PREEMPTED) after a SIGTERM."""
-    interval = 0.5 if sys.stderr.isatty() else 10.0  # a log file wants fewer lines than a terminal
-    epochs = loop.config.tuning.epochs
-    options = {"unit": "epoch", "mininterval": interval, "disable": not processes.first()}
-    bar = tqdm.tqdm(total=epochs, initial=log.epoch, desc=loop.title, **options)
+    bar = processes.bar(total=loop.config.tuning.epochs, initial=log.epoch, desc=loop.title, unit="epoch")
 
     def save(state, log):
         loop.checkpoints.save(*loop.keep(state), log, loop.extra)

@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import tqdm
 from optax.contrib import MuonDimensionNumbers, muon
 
 from lamini_jax import backbone, model, processes
@@ -117,7 +116,7 @@ def tune_all_weights(config: Config, base: model.Base, facts: Sequence[Fact], en
         return optax.apply_updates(params, updates), state, total
 
     params, state = base.params, jax.jit(tx.init)(base.params)
-    bar = tqdm.trange(config.tuning.epochs, unit="epoch", desc="all weights", disable=not processes.first())
+    bar = processes.bar(range(config.tuning.epochs), unit="epoch", desc="all weights")
     for epoch in bar:
         totals = []
         for number, rows_B in batches.epoch_batches(tables, config.tuning.batch_size, config.seed, epoch):
