@@ -1,7 +1,7 @@
 """How much a memory holds: large sets of random numbers (the abstract, section 5), and what happens when it is full.
 
     python -m experiments.capacity --workdir=runs/capacity
-    python -m experiments.capacity --workdir=runs/capacity --counts=100,400,5000
+    python -m experiments.capacity --workdir=runs/capacity --counts=20000
 
 Facts are entries of a phone book, ten random digits each, so log2(10^10) = 33.2 bits that nobody can guess. Sets of
 --counts of them are memorized by the config's own memory. Then a hundred are memorized by smaller and smaller memories,
@@ -47,7 +47,7 @@ from lamini_jax.errors import UserError
 _CONFIG = command.define_config()
 command.define_processes()
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the study.", required=True)
-_COUNTS = flags.DEFINE_list("counts", ["100", "400"], "Sizes of the sets that the config's memory memorizes.")
+_COUNTS = flags.DEFINE_list("counts", ["100", "1000", "5000"], "Sizes of the sets that the config's memory memorizes.")
 
 FACTS = 100
 # Memories that are filled up: facts, target, K and N, of which only squares suit product keys.

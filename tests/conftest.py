@@ -2,7 +2,9 @@
 
 import os
 
-os.environ["JAX_PLATFORMS"] = "cpu"  # before anything imports jax
+# Before anything imports jax. Compiled in a hurry: nothing here is timed, and compiling is most of what tests do.
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 
 import helpers
 import jax
@@ -18,8 +20,9 @@ collect_ignore = [] if "device_count" in os.environ.get("XLA_FLAGS", "") else ["
 
 @pytest.fixture(autouse=True, scope="session")
 def directories(tmp_path_factory):
-    """Datasets, and compiled programs that several tests and the processes they start have in common."""
-    compiled = str(tmp_path_factory.mktemp("compiled"))
+    """Datasets, and compiled programs that all tests and the processes they start have in common."""
+    own = tmp_path_factory.getbasetemp()
+    compiled = str((own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "compiled")
     jax.config.update("jax_compilation_cache_dir", compiled)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
     with pytest.MonkeyPatch.context() as patch:
