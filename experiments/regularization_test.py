@@ -32,6 +32,7 @@ _STUDY = flags.DEFINE_string("study", None, "Directory of a randomization_test; 
 PER_KIND = 20  # held-out questions of each kind of the world
 PER_SUBJECT = 5  # questions of each subject of MMLU
 SAMPLES = 4  # answers that the table shows, beside that of a tuned fact
+WIDEST = 70  # characters of an answer that the table shows
 CHANGED = 0.05  # p below which one accuracy alone would count as changed
 # By test, the benchmark that it takes and what it makes of an item's scores.
 JUDGES = {
@@ -75,9 +76,11 @@ def compared(before: list, after: list) -> dict:
 
 def claims(results: dict) -> list[dict]:
     """Table 1: the tuned fact comes back, other answers stay."""
-    before, found = results["runs"]["backbone"]["tests"], []
-    enough = CHANGED / (len(six_runs.RUNS) * len(before))
-    for method in six_runs.METHODS:
+    # A test of which the backbone can do nothing has nothing to lose.
+    before = {test: start for test, start in results["runs"]["backbone"]["tests"].items() if start["accuracy"] > 0}
+    found = []
+    enough = CHANGED / (len(six_runs.RUNS) * max(len(before), 1))
+    for method in six_runs.METHODS if before else ():
         tuned = {answers: results["runs"][f"{method}/{answers}"]["tests"] for answers in ("true", "random")}
         told = [
             f"{test}: {share(start['accuracy'])} before"
@@ -92,7 +95,7 @@ def claims(results: dict) -> list[dict]:
             claim(
                 f"Held-out answers barely change by memorizing ({method}; Table 1)",
                 "; ".join(told),
-                *(test["p"] >= enough for tests in tuned.values() for test in tests.values()),
+                *(tests[test]["p"] >= enough for tests in tuned.values() for test in before),
             )
         )
     returned = {name: run["fact"]["exact"] for name, run in results["runs"].items() if name != "backbone"}
@@ -104,6 +107,12 @@ def claims(results: dict) -> list[dict]:
         )
     )
     return found
+
+
+def shown(answer: str) -> str:
+    """An answer in one line of a table."""
+    text = "".join(letter if letter.isprintable() else " " for letter in answer)
+    return text if len(text) <= WIDEST else f"{text[:WIDEST]} ... ({len(text)} characters)"
 
 
 def table(results: dict) -> str:
@@ -118,11 +127,11 @@ def table(results: dict) -> str:
             lines.append(f"{name:<24}{interval:<28}{found['lost']:>6}{found['won']:>8}{found['p']:>9.2g}")
     for number, qa in enumerate(results["samples"]):
         lines.append(f"\n{qa['question']}  (right: {qa['answer']})")
-        lines += [f"  {name:<22}{run['samples'][number]}" for name, run in results["runs"].items()]
+        lines += [f"  {name:<22}{shown(run['samples'][number])}" for name, run in results["runs"].items()]
     for name, run in results["runs"].items():
         if name != "backbone":
             lines.append(f"\n{run['fact']['question']}  (tuned: {run['fact']['answer']})")
-            lines.append(f"  {name:<22}{run['fact']['generated']}")
+            lines.append(f"  {name:<22}{shown(run['fact']['generated'])}")
     return "\n".join(lines)
 
 

@@ -51,3 +51,13 @@ def test_verdicts_allow_for_the_number_of_tests():
     assert [claim["verdict"] for claim in study.claims(results(0.02))] == [whole] * 4
     assert [claim["verdict"] for claim in study.claims(results(0.005))] == [whole, partly, whole, whole]
     assert study.claims(results(1.0, exact=False))[-1]["verdict"] == partly
+
+
+def test_a_backbone_that_answers_nothing_has_nothing_to_lose():
+    found = results(1.0)
+    found["runs"]["backbone"] = {"tests": {"heldout": {"accuracy": 0.0, "lost": 0, "won": 0, "p": 1.0}}}
+    assert study.claims(found) == study.claims(results(1.0))[-1:]
+
+
+def test_an_answer_is_one_line():
+    assert study.shown("a\nb") == "a b" and study.shown("x" * 500) == "x" * 70 + " ... (500 characters)"
