@@ -16,7 +16,7 @@ report = helpers.without_flags("experiments.report")
     [((True,), REPRODUCED), ((True, False), IN_PART), ((False, False), NOT), ((True, True), REPRODUCED)],
 )
 def test_a_verdict_follows_from_what_holds(holds, verdict):
-    assert claim("said", "seen", *holds) == {"paper": "said", "measured": "seen", "verdict": verdict}
+    assert claim("said", "Seen.", *holds) == {"paper": "Said.", "measured": "Seen.", "verdict": verdict}
 
 
 def test_a_failure_is_a_gap_with_its_last_line(tmp_path, capfd):
@@ -44,9 +44,9 @@ def test_the_page_has_claims_figures_and_gaps(tmp_path):
     html, markdown = report.page(parts, tmp_path)
     for page in (html, markdown):
         assert "1 reproduced, 0 reproduced in part, 0 not reproduced." in page
-        assert "it did" in page and "error: no room" in page and "jax 1.2.3" in page
-    assert "it &lt;holds&gt;" in html and "a &lt; b" in html and "data:image/png;base64,cGljdHVyZQ==" in html
-    assert "| randomization_test | it <holds> | it did | reproduced |" in markdown
+        assert "It did." in page and "error: no room" in page and "jax 1.2.3" in page
+    assert "It &lt;holds&gt;." in html and "a &lt; b" in html and "data:image/png;base64,cGljdHVyZQ==" in html
+    assert "| randomization_test | It <holds>. | reproduced | It did. |" in markdown
 
 
 def test_the_page_names_what_has_not_run(tmp_path):

@@ -39,4 +39,4 @@ def test_a_study_ends_in_results_a_picture_and_verdicts(tmp_path, capsys):
     saved = json.loads((tmp_path / "results.json").read_text())
     assert saved["table"] == "a table" and saved["claims"] == results["claims"] and "jax" in saved["environment"]
     assert drawn == [tmp_path / "figures.png"]
-    assert "a table\nreproduced: said\n    seen\n2 s" in capsys.readouterr().out
+    assert "a table\nreproduced: Said.\n    Seen.\n2 s" in capsys.readouterr().out

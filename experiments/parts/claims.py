@@ -6,7 +6,11 @@ REPRODUCED, IN_PART, NOT = "reproduced", "reproduced in part", "not reproduced"
 def claim(paper: str, measured: str, *holds: bool) -> dict[str, str]:
     """A claim and what was measured; it is reproduced if every part holds, and in part if some do."""
     verdict = REPRODUCED if all(holds) else IN_PART if any(holds) else NOT
-    return {"paper": paper, "measured": measured, "verdict": verdict}
+    return {"paper": _sentence(paper), "measured": _sentence(measured), "verdict": verdict}
+
+
+def _sentence(text: str) -> str:
+    return text[0].upper() + text[1:].removesuffix(".") + "."
 
 
 def share(value: float) -> str:
