@@ -126,7 +126,7 @@ def claims(results: dict) -> list[dict]:
         ),
         claim(
             "memory experts reach a loss near zero too, updating only those selected (Figure 5)",
-            f"o_proj, then down_proj, true and random: {told(memory)}",
+            f"on true and on random answers, with o_proj, then with down_proj: {told(memory)}",
             *(run["final_loss"] < NEAR_ZERO and run["recall"] == 1 for run in memory),
         ),
         claim(

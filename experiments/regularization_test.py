@@ -22,6 +22,7 @@ from experiments.parts import figures, six_runs, study
 from experiments.parts.claims import claim, share
 from lamini_jax import command, model, recall
 from lamini_jax.data import benchmarks, world
+from lamini_jax.data import facts as facts_lib
 from lamini_jax.data.world import QA
 
 _CONFIG = command.define_config()
@@ -81,7 +82,7 @@ def claims(results: dict) -> list[dict]:
     found = []
     enough = CHANGED / (len(six_runs.RUNS) * max(len(before), 1))
     for method in six_runs.METHODS if before else ():
-        tuned = {answers: results["runs"][f"{method}/{answers}"]["tests"] for answers in ("true", "random")}
+        tuned = {answers: results["runs"][f"{method}/{answers}"]["tests"] for answers in facts_lib.ANSWERS}
         told = [
             f"{test}: {share(start['accuracy'])} before"
             + "".join(
@@ -128,10 +129,11 @@ def table(results: dict) -> str:
     for number, qa in enumerate(results["samples"]):
         lines.append(f"\n{qa['question']}  (right: {qa['answer']})")
         lines += [f"  {name:<22}{shown(run['samples'][number])}" for name, run in results["runs"].items()]
-    for name, run in results["runs"].items():
-        if name != "backbone":
-            lines.append(f"\n{run['fact']['question']}  (tuned: {run['fact']['answer']})")
-            lines.append(f"  {name:<22}{shown(run['fact']['generated'])}")
+    for answers in facts_lib.ANSWERS:
+        tuned = {name: results["runs"][name]["fact"] for name in six_runs.RUNS if name.endswith(f"/{answers}")}
+        fact = next(iter(tuned.values()))
+        lines.append(f"\n{fact['question']}  (tuned: {fact['answer']})")
+        lines += [f"  {name:<22}{shown(fact['generated'])}" for name, fact in tuned.items()]
     return "\n".join(lines)
 
 

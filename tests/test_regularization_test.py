@@ -59,5 +59,16 @@ def test_a_backbone_that_answers_nothing_has_nothing_to_lose():
     assert study.claims(found) == study.claims(results(1.0))[-1:]
 
 
+def test_the_table_shows_each_tuned_fact_once_with_what_all_methods_say():
+    test = {"accuracy": 0.9, "interval": (0.8, 1.0), "questions": 9, "lost": 1, "won": 1, "p": 1.0}
+    runs = {name: {"tests": {"heldout": test}, "samples": ["42"]} for name in ("backbone", *six_runs.RUNS)}
+    for name in six_runs.RUNS:
+        runs[name]["fact"] = {"question": "Who?", "answer": name.split("/")[1], "generated": f"said by {name}"}
+    text = study.table({"runs": runs, "samples": [{"question": "What?", "answer": "42"}]})
+    assert text.count("Who?  (tuned: true)") == text.count("Who?  (tuned: random)") == 1
+    assert all(f"said by {name}" in text for name in six_runs.RUNS)
+    assert text.count("What?  (right: 42)") == 1 and "90.0% [80.0% to 100.0%]" in text
+
+
 def test_an_answer_is_one_line():
     assert study.shown("a\nb") == "a b" and study.shown("x" * 500) == "x" * 70 + " ... (500 characters)"
