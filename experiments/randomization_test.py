@@ -14,7 +14,6 @@ of 0% after LoRA has memorized the random answers.
 
 import dataclasses
 import statistics
-import time
 
 from absl import flags
 
@@ -146,7 +145,7 @@ def claims(results: dict) -> list[dict]:
 def main() -> None:
     config = model.configure(_CONFIG.value)
     command.start(config.mesh)
-    started, data = time.time(), config.data
+    data = config.data
     setting = six_runs.prepare(config, _WORKDIR.value)
     base, directory, asked = setting.base, setting.directory, six_runs.questions_of(setting.facts)
     selection_FK = model.select_all(base, setting.routing, asked, config.memory.selected)
@@ -170,7 +169,7 @@ def main() -> None:
         saved = directory / name.replace("/", "_") / "result.json"
         results["runs"][name] = study.kept(saved, lambda name=name: one_run(setting, name, questions))
     results["claims"] = claims(results)
-    results["seconds"] = round(time.time() - started, 1)
+    results["seconds"] = round(sum(run["seconds"] for run in results["runs"].values()), 1)
     study.finish(directory, results, table(results), figures.randomization)
 
 

@@ -20,7 +20,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 from absl import flags
@@ -57,7 +56,6 @@ def run(name: str, directory: Path, overrides: list[str], title: str) -> dict:
         print(f"{title}: done already", flush=True)
         return json.loads(finished.read_text())
     print(f"{title}: {shown}", flush=True)
-    started = time.time()
     with (
         subprocess.Popen([sys.executable, *arguments], stderr=subprocess.PIPE) as process,
         terminating(process) as told,
@@ -69,12 +67,12 @@ def run(name: str, directory: Path, overrides: list[str], title: str) -> dict:
             tail = (tail + chunk)[-4096:]
     if told:
         raise UserError(f"terminated during {name}: run again to go on", PREEMPTED)
-    result = {"name": name, "command": shown, "seconds": round(time.time() - started, 1)}
+    result = {"name": name, "command": shown}
     if process.returncode:
         lines = re.split("[\r\n]+", tail.decode(errors="replace").strip())
-        return {**result, "failure": lines[-1] or f"exit status {process.returncode}"}
+        return result | {"failure": lines[-1] or f"exit status {process.returncode}"}
     results = json.loads((directory / "results.json").read_text())
-    result |= {name: results[name] for name in ("table", "claims", "environment")}
+    result |= {name: results[name] for name in ("table", "claims", "environment", "seconds")}
     command.write_json(finished, result)
     return result
 

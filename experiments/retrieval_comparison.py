@@ -14,9 +14,9 @@ answer earns 1, a wrong one costs 1 and none counts nothing. The calibration has
 kinds; all but the verbatim ones, which have one wording only, are others than those of the test. The models have no
 refusal of their own: `+ refusal` answers by the same rule, on the probability of the answer's least likely token.
 `+ known experts` needs no calibration: it answers if facts have trained all of the experts that the question selects,
-which the frozen router tells before anything is decoded. Latency is that of one question, text in and text out; bytes are those of the index
-and the answers, of LoRA's adapters, of the experts' rows that facts have selected. A killed run continues with the
-system that it was at.
+which the frozen router tells before anything is decoded. Latency is that of one question, text in and text out; bytes
+are those of the index and the answers, of LoRA's adapters, of the experts' rows that facts have selected. A killed run
+continues with the system that it was at.
 
 Not yet run from end to end at full size.
 """
@@ -272,7 +272,7 @@ def claims(systems: dict[str, dict]) -> list[dict[str, str]]:
             "systems give some and fewer than LoRA",
             *better,
         ),
-        # In part if memory experts give fewer wrong answers than any retrieval system. Refusing is ours, not the paper's.
+        # In part if memory experts give fewer wrong answers than any retrieval system. Refusing is not the paper's.
         claim(
             "Memory experts remove hallucination where information retrieval does not (sections 4, 7 and 10)",
             f"asked with typos, in other words or about unknown names, memory experts answer "

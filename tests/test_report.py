@@ -38,11 +38,12 @@ def test_the_page_has_claims_figures_and_gaps(tmp_path):
     told = claim("it <holds>", "it did", True)
     parts = [
         {"name": "randomization_test", "command": "c", "seconds": 61.0, "table": "a < b", "claims": [told]},
-        {"name": "step_cost", "command": "d", "seconds": 2.0, "failure": "error: no room"},
+        {"name": "step_cost", "command": "d", "failure": "error: no room"},
     ]
     parts[0]["environment"] = {"jax": "1.2.3"}
     html, markdown = report.page(parts, tmp_path)
     for page in (html, markdown):
+        assert "(61 s)" in page and page.count(" s)") == 1
         assert "1 reproduced, 0 reproduced in part, 0 not reproduced." in page
         assert "It did." in page and "error: no room" in page and "jax 1.2.3" in page
     assert "It &lt;holds&gt;." in html and "a &lt; b" in html and "data:image/png;base64,cGljdHVyZQ==" in html
