@@ -14,18 +14,25 @@ it; `coded` is the bits that the model saves in coding the digits, wrong ones in
 2 (arXiv 2404.05405) and 3.6 bits per parameter (arXiv 2505.24832) were measured. Each cell of the study that has
 finished is kept, so that more --counts may be added to a finished one.
 
-Not yet run from end to end. Cells that were, of 100 facts, on 2 x86-64 cores (jax 0.10.2), one to three minutes each on
-a machine that did other work too:
+Takes 10 minutes on 2 x86-64 cores (jax 0.10.2), 4 of them for 5,000 facts; 20,000 facts alone take 14 minutes and 17.7
+GB. Expect:
 
-    memory                     load   recall   epochs   bits per parameter
-    down_proj, 32 of 4,096     0.78   100%         17   0.0027
-    down_proj, 32 of 256       12.5   100%         25   0.0137
-    down_proj, 32 of 64          50   100%         59   0.0507
-    o_proj, 32 of 256          12.5   100%         50   0.0274
-    o_proj, 32 of 64             50    91%        100   0.0923
-    down_proj, 2 of 256        0.78   100%         55   0.0470
-    down_proj, 2 of 64          3.1    84%        100   0.0757
-    down_proj, 2 of 16         12.5    51%        100   0.1034
+    facts   memory                     load   recall   epochs   facts/s   bits per parameter   coded
+    100     down_proj, 32 of 4,096     0.78   100%         17      17.1               0.0027
+    100     down_proj, 32 of 256       12.5   100%         25      15.8               0.0137
+    100     down_proj, 32 of 64          50   100%         59      10.3               0.0507
+    400     down_proj, 32 of 64         200    85%        100       8.5               0.1723    0.20
+    100     o_proj, 32 of 256          12.5   100%         50      13.7               0.0274
+    100     o_proj, 32 of 64             50    91%        100       8.3               0.0923
+    100     down_proj, 2 of 256        0.78   100%         55      11.6               0.0470
+    100     down_proj, 2 of 64          3.1    84%        100       6.2               0.0757
+    100     down_proj, 2 of 16         12.5    51%        100       2.7               0.1034    0.17
+    100     down_proj, 2 of 4            50     5%        100       0.3               0.0406    0.55
+    100     LoRA of rank 27                   100%         57       4.9               0.0126
+    100     LoRA of rank 2                     95%        100       2.2               0.1622
+    1,000   down_proj, 32 of 2^20     0.031   100%         20      33.0               0.0012
+    5,000   down_proj, 32 of 2^20      0.15   100%         29      34.3               0.0013
+    20,000  down_proj, 32 of 2^20      0.61   100%         32      41.6               0.0017
 """
 
 import dataclasses

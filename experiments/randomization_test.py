@@ -7,9 +7,9 @@ experts on the MLP's, each with true answers and with answers of 32 random lette
 for, by free-running greedy decoding, and so are questions that no run was tuned on: `heldout`, of kinds that no fact
 belongs to, and `neighbour`, of the facts' own kinds. A killed study continues with the run that it was in.
 
-Takes 10.5 minutes and 5.7 GB on 2 x86-64 cores (jax 0.10.2). Expect every run to recall all 128 facts (random answers:
-LoRA at epoch 39, `o_proj` at 41, `down_proj` at 25), held-out accuracy of 90.9% after every memory run, as before, and
-of 0% after LoRA has memorized the random answers.
+Takes 6 minutes and 5.7 GB on 2 x86-64 cores (jax 0.10.2; 10.5 on slower ones). Expect every run to recall all 128
+facts (random answers: LoRA at epoch 39, `o_proj` at 41, `down_proj` at 25), held-out accuracy of 90.9% after every
+memory run, as before, and of 0% after LoRA has memorized the random answers.
 """
 
 import dataclasses
