@@ -76,6 +76,7 @@ def read_once(config: Config, base: model.Base, directory: Path, count: int) -> 
 
     def asked(adapt, facts):
         loss_FA = losses.of_answers(base, adapt, facts)
+        worst_F = np.array([loss_A.max() for loss_A in loss_FA])
         exact_F, generated = runs.recalled(base, adapt, facts)
         wrong = [text for text, exact in zip(generated, exact_F, strict=True) if not exact]
         return {
@@ -83,6 +84,7 @@ def read_once(config: Config, base: model.Base, directory: Path, count: int) -> 
             "loss": float(np.concatenate(loss_FA).mean()),
             "losses": [float(loss_A.mean()) for loss_A in loss_FA],
             "recall": float(exact_F.mean()),
+            "certificates": study.certificates(worst_F < tuning.certified_loss(config.backbone.dtype), exact_F),
             "wrong_but_codes": sum(CODE.fullmatch(text) is not None for text in wrong) / max(len(wrong), 1),
             "sample": {"question": facts[0].question, "answer": facts[0].answer, "generated": generated[0]},
         }
@@ -129,7 +131,8 @@ def main() -> None:
     data = config.data
     facts = facts_lib.load(data.facts, "random", data.count, config.seed, data.dir)
     base = model.load_base(config)
-    directory = study.directory_of(_WORKDIR.value, config, facts=runs.fingerprint(facts), once=_ONCE.value)
+    identity = {"facts": runs.fingerprint(facts), "once": _ONCE.value, "backbone": base.fingerprint}
+    directory = study.directory_of(_WORKDIR.value, config, **identity)
     started = time.time()
     watched = 0, *stages(config.tuning.epochs)
 
@@ -155,6 +158,8 @@ def main() -> None:
         "seconds": round(time.time() - started, 1),
     }
     results["claims"] = loss_claims.of_threshold(results)
+    stages_ = {name: results["threshold"][name] for name in ("certified", "certified_but_wrong")}
+    results["certificates"] = study.added([stages_, *(once[name]["certificates"] for name in ("before", "after"))])
     study.finish(directory, results, table(results), figures_of_loss.threshold)
 
 

@@ -7,12 +7,15 @@ with true and with random answers, as in `experiments.randomization_test`; --stu
 nothing again. Then the backbone and each of them answer the same held-out questions: accuracy with its 95% interval,
 and the p of the exact paired test (McNemar's) that nothing changed. With --config.data.dir, TruthfulQA (MC1, MC2) and
 MMLU are judged by likelihood as in `experiments.benchmarks`, for a backbone with the context for them: MC2, which is no
-count, with the paired t-test. An accuracy counts as changed below p = 0.05, divided by the number of tests.
+count, with the paired t-test. Answers barely change if at most one in twenty is right that was wrong or the other way
+round (of MC2, if its mean changes by at most 0.05). A study that is taken over must have been made with this config.
 
 Takes 1.5 minutes on 2 x86-64 cores (jax 0.10.2) beside a finished study, without the benchmarks. Of 420 held-out
 questions the backbone answers 90.0%; expect 90.0%, 90.2%, 90.0% and 90.0% after the four memory runs, with one answer
 changed, 87.6% after LoRA on true answers (22 lost, 12 won, p = 0.12) and 0.0% after LoRA on random ones.
 """
+
+from pathlib import Path
 
 import numpy as np
 import scipy.stats
@@ -24,6 +27,7 @@ from lamini_jax import command, model, recall
 from lamini_jax.data import benchmarks, world
 from lamini_jax.data import facts as facts_lib
 from lamini_jax.data.world import QA
+from lamini_jax.errors import UserError
 
 _CONFIG = command.define_config()
 command.define_processes()
@@ -34,7 +38,7 @@ PER_KIND = 20  # held-out questions of each kind of the world
 PER_SUBJECT = 5  # questions of each subject of MMLU
 SAMPLES = 4  # answers that the table shows, beside that of a tuned fact
 WIDEST = 70  # characters of an answer that the table shows
-CHANGED = 0.05  # p below which one accuracy alone would count as changed
+BARELY = 0.05  # of a test's answers may change
 # By test, the benchmark that it takes and what it makes of an item's scores.
 JUDGES = {
     "truthful_qa mc1": ("truthful_qa", recall.mc1),
@@ -63,7 +67,7 @@ def compared(before: list, after: list) -> dict:
     elif counts:
         p = scipy.stats.binomtest(lost, lost + won).pvalue
     else:
-        p = scipy.stats.ttest_rel(before_Q, after_Q).pvalue
+        p = scipy.stats.ttest_rel(before_Q, after_Q).pvalue if after_Q.size > 1 else 1.0
     interval = recall.wilson(int(after_Q.sum()), after_Q.size) if counts else recall.normal(after)
     return {
         "questions": after_Q.size,
@@ -71,6 +75,7 @@ def compared(before: list, after: list) -> dict:
         "interval": interval,
         "lost": lost,
         "won": won,
+        "changed": (lost + won) / after_Q.size if counts else abs(float((after_Q - before_Q).mean())),
         "p": float(p),
     }
 
@@ -80,7 +85,6 @@ def claims(results: dict) -> list[dict]:
     # A test of which the backbone can do nothing has nothing to lose.
     before = {test: start for test, start in results["runs"]["backbone"]["tests"].items() if start["accuracy"] > 0}
     found = []
-    enough = CHANGED / (len(six_runs.RUNS) * max(len(before), 1))
     for method in six_runs.METHODS if before else ():
         tuned = {answers: results["runs"][f"{method}/{answers}"]["tests"] for answers in facts_lib.ANSWERS}
         told = [
@@ -96,7 +100,7 @@ def claims(results: dict) -> list[dict]:
             claim(
                 f"Held-out answers barely change by memorizing ({method}; Table 1)",
                 "; ".join(told),
-                *(tests[test]["p"] >= enough for tests in tuned.values() for test in before),
+                *(all(tests[test]["changed"] <= BARELY for test in before) for tests in tuned.values()),
             )
         )
     returned = {name: run["fact"]["exact"] for name, run in results["runs"].items() if name != "backbone"}
@@ -140,8 +144,11 @@ def table(results: dict) -> str:
 def main() -> None:
     config = model.configure(_CONFIG.value)
     command.start(config.mesh)
-    directory = command.open_workdir(_WORKDIR.value, {"study": _STUDY.value})
-    setting = six_runs.prepare(config, _STUDY.value or str(directory / "runs"))
+    if _STUDY.value and not (Path(_STUDY.value) / "results.json").exists():
+        raise UserError(f"--study={_STUDY.value}: no finished randomization_test")
+    setting = six_runs.prepare(config, _STUDY.value or f"{_WORKDIR.value}/runs")
+    identity = {"facts": six_runs.fingerprints(setting.facts), "backbone": setting.base.fingerprint}
+    directory = study.directory_of(_WORKDIR.value, config, study=_STUDY.value, **identity)
     kinds = [kind for kind in world.KINDS if config.data.facts != "world" or kind not in world.FACT_KINDS]
     questions = [qa for kind in kinds for qa in world.held_out(kind, PER_KIND, config.seed)]
     samples = questions[:: len(questions) // SAMPLES][:SAMPLES]

@@ -18,6 +18,7 @@ import contextlib
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -25,6 +26,7 @@ from pathlib import Path
 
 from absl import flags
 
+from experiments.parts import study
 from experiments.parts.claims import IN_PART, NOT, REPRODUCED
 from lamini_jax import command
 from lamini_jax.errors import PREEMPTED, UserError
@@ -41,21 +43,19 @@ EXPERIMENTS = (
     "compute_requirements",
 )
 VERDICTS = (REPRODUCED, IN_PART, NOT)
-DONE = "report.json"  # in the directory of an experiment that has finished: what the page says of it
 
-command.define_config()
+_CONFIG = command.define_config()
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the results and of the page.", required=True)
 _ONLY = flags.DEFINE_list("only", [], f"Some of {', '.join(EXPERIMENTS)}; all by default.")
 
 
 def run(name: str, directory: Path, overrides: list[str], title: str) -> dict:
     """What an experiment left in its directory, or the line with which it failed. A finished one is not run again."""
-    arguments = ["-m", f"experiments.{name}", f"--workdir={directory}", *overrides]
-    shown = " ".join(["python", *arguments])
-    finished = directory / DONE
-    if finished.exists():
+    if (found := finished(name, directory)) is not None:
         print(f"{title}: done already", flush=True)
-        return json.loads(finished.read_text())
+        return found
+    arguments = ["-m", f"experiments.{name}", f"--workdir={directory}", *overrides]
+    shown = shlex.join(["python", *arguments])
     print(f"{title}: {shown}", flush=True)
     with (
         subprocess.Popen([sys.executable, *arguments], stderr=subprocess.PIPE) as process,
@@ -68,14 +68,21 @@ def run(name: str, directory: Path, overrides: list[str], title: str) -> dict:
             tail = (tail + chunk)[-4096:]
     if told:
         raise UserError(f"terminated during {name}: run again to go on", PREEMPTED)
-    result = {"name": name, "command": shown}
     if process.returncode:
         lines = re.split("[\r\n]+", tail.decode(errors="replace").strip())
-        return result | {"failure": lines[-1] or f"exit status {process.returncode}"}
-    results = json.loads((directory / "results.json").read_text())
-    result |= {name: results[name] for name in ("table", "claims", "environment", "seconds")}
-    command.write_json(finished, result)
-    return result
+        failure = lines[-1] if process.returncode > 0 and lines[-1] else f"ended with status {process.returncode}"
+        return {"name": name, "command": shown, "failure": failure}
+    return finished(name, directory)
+
+
+def finished(name: str, directory: Path) -> dict | None:
+    """What the page says of an experiment that has finished, as it is now."""
+    path = directory / "results.json"
+    if not path.exists():
+        return None
+    results = json.loads(path.read_text())
+    kept = "command", "table", "claims", "certificates", "environment", "seconds"
+    return {"name": name} | {key: results[key] for key in kept if key in results}
 
 
 @contextlib.contextmanager
@@ -122,14 +129,15 @@ def page(parts: list[dict], directory: Path) -> tuple[str, str]:
     environment = next((part["environment"] for part in parts if "environment" in part), {})
     missing = set(EXPERIMENTS) - {part["name"] for part in parts}
     values = {"parts": parts, "claims": claims, "counts": counts, "environment": environment}
+    values["certificates"] = study.added(part["certificates"] for part in parts if "certificates" in part)
     values["missing"] = [name for name in EXPERIMENTS if name in missing]
-    environment = jinja2.Environment(
+    templates = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
         autoescape=jinja2.select_autoescape(["html"]),
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    html, markdown = (environment.get_template(f"report.{kind}").render(values) for kind in ("html", "md"))
+    html, markdown = (templates.get_template(f"report.{kind}").render(values) for kind in ("html", "md"))
     return html, markdown
 
 
@@ -139,14 +147,16 @@ def main() -> None:
         raise UserError(f"--only={unknown[0]}: no such experiment; there are {', '.join(EXPERIMENTS)}")
     command.require("report", "jinja2")
     given = overrides(sys.argv[1:])
-    directory = command.open_workdir(_WORKDIR.value, {"overrides": given})
+    identity = {"overrides": given, "config": _CONFIG.value.to_dict()}  # a file of it may change
+    directory = command.open_workdir(_WORKDIR.value, identity)
     names = [name for name in EXPERIMENTS if not _ONLY.value or name in _ONLY.value]
-    parts = {name: json.loads(path.read_text()) for name in EXPERIMENTS if (path := directory / name / DONE).exists()}
+    parts = {name: part for name in EXPERIMENTS if (part := finished(name, directory / name))}
     for number, name in enumerate(names, 1):
-        # The same six runs.
-        study = [f"--study={directory / 'randomization_test'}"] if name == "regularization_test" else []
+        more = []
+        if name == "regularization_test" and "randomization_test" in parts:  # the same six runs
+            more = [f"--study={directory / 'randomization_test'}"]
         title = f"experiment {number} of {len(names)}, {name}"
-        parts[name] = run(name, directory / name, [*given, *study], title)
+        parts[name] = run(name, directory / name, [*given, *more], title)
         html, markdown = page([parts[name] for name in EXPERIMENTS if name in parts], directory)
         command.write_text(directory / "report.html", html)
         command.write_text(directory / "report.md", markdown)

@@ -184,12 +184,12 @@ def contenders(config: Config, base: model.Base, routing: router.Router, facts, 
         tuned = runs.tune_memory(config, base, lambda: routing, facts, directory / "mome", "memory experts", True)
         used = np.unique(tuned.expert_ids_FK)
         row = bank.row_shape(config.backbone, config.memory).floats * np.dtype(config.memory.dtype).itemsize
-        facts_of = training(tuned) | {"experts_used": used.size, "bank_bytes": row * config.memory.num_experts}
+        facts_of = training(tuned) | {"experts_used": used.size}
         return model_system(base, tuned.adapt, facts, used.size * row, used), facts_of
 
     def training(tuned):
         log = tuned.log
-        return {"epochs": log.epoch, "certified": int(tuned.certified_F.sum()), "tuning_seconds": sum(log.seconds)}
+        return {"epochs": log.epoch, "certified_F": tuned.certified_F.tolist(), "tuning_seconds": sum(log.seconds)}
 
     ready: dict[str, Callable[[], tuple[retrieval.System, dict]]] = {
         "b_tree": lambda: (retrieval.b_tree(facts), {}),
@@ -211,6 +211,10 @@ def measured(make, asked: Asked, calibration: Asked, num_facts: int) -> dict:
         return {kind: system.answer([text for text, _ in pairs]) for kind, pairs in asked.items()}
 
     result = {"test": replies(asked), "calibration": replies(calibration)}
+    if certified := extra.pop("certified_F", None):
+        verbatim = zip(result["test"]["verbatim"], asked["verbatim"], strict=True)
+        exact_F = np.array([reply.text == answer for reply, (_, answer) in verbatim])
+        result["certificates"] = study.certificates(np.array(certified), exact_F)
     seconds = latency(system, [text for text, _ in asked["verbatim"][:TIMED]])
     return result | {"latency_seconds": seconds, "bytes_per_fact": system.size / num_facts, **extra}
 
@@ -257,16 +261,16 @@ def claims(systems: dict[str, dict]) -> list[dict[str, str]]:
     wrong = {name: share(system, "wrong") for name, system in systems.items()}
     invented = {name: share(system, "wrong", asked_otherwise) for name, system in systems.items()}
     better = [0 < wrong[name] < wrong["lora"] for name in RETRIEVAL]
-    percents = ", ".join(f"{name} {100 * wrong[name]:.1f}%" for name in ("lora", *RETRIEVAL))
+    percents = ", ".join(f"{name} {100 * wrong[name]:.1f}%" for name in ("lora", *RETRIEVAL, f"lora{REFUSING}"))
     others = [invented[name] for name in RETRIEVAL]
     return [
-        # In part if at most one of a hundred is wrong.
+        # In part if all but one of a hundred are right.
         claim(
             "Memory experts return the facts that they were tuned on and hallucinate none of them (section 7)",
             f"of {verbatim['questions']} questions as they were stored, {verbatim['exact']} are answered exactly, "
             f"{verbatim['wrong']} wrongly and {verbatim['none']} not at all",
-            verbatim["wrong"] == 0,
-            verbatim["wrong"] <= 0.01 * verbatim["questions"],
+            verbatim["exact"] == verbatim["questions"],
+            verbatim["exact"] >= 0.99 * verbatim["questions"],
         ),
         # Of a retrieval system it holds that gives fewer wrong answers than the model without retrieval, and some.
         claim(
@@ -304,8 +308,9 @@ def table(results: dict) -> str:
     lora_run, memory = results["systems"]["lora"], results["systems"]["mome"]
     lines.append(
         f"{results['facts']} facts; LoRA {lora_run['epochs']} epochs in {lora_run['tuning_seconds']:.0f} s, "
-        f"{lora_run['certified']} certified; memory experts {memory['epochs']} epochs in "
-        f"{memory['tuning_seconds']:.0f} s, {memory['certified']} certified, {memory['experts_used']:,} experts used"
+        f"{lora_run['certificates']['certified']} certified; memory experts {memory['epochs']} epochs in "
+        f"{memory['tuning_seconds']:.0f} s, {memory['certificates']['certified']} certified, "
+        f"{memory['experts_used']:,} experts used"
     )
     return "\n".join(lines)
 
@@ -317,7 +322,7 @@ def main() -> None:
     sharding.use(config.mesh)
     facts = facts_lib.load(config.data.facts, "true", config.data.count, config.seed, config.data.dir)
     base = model.load_base(config)
-    identity = {"lora_epochs": _LORA_EPOCHS.value, "facts": runs.fingerprint(facts)}
+    identity = {"lora_epochs": _LORA_EPOCHS.value, "facts": runs.fingerprint(facts), "backbone": base.fingerprint}
     directory = study.directory_of(_WORKDIR.value, config, **identity)
     print(f"{len(facts)} facts; training the router ...", flush=True)
     routing = model.make_router(config, base, [fact.question for fact in facts])
@@ -337,6 +342,7 @@ def main() -> None:
         "examples": {kind: asked[kind][0][0] for kind in SETS},
         "systems": systems,
         "claims": claims(systems),
+        "certificates": study.added(found[name]["certificates"] for name in MODELS),
         "seconds": round(sum(one["seconds"] for one in found.values()), 1),
     }
     study.finish(directory, results, table(results), figures.retrieval_comparison)

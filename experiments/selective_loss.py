@@ -111,7 +111,8 @@ def main() -> None:
     command.start(config.mesh)
     base = model.load_base(config)
     sets = examples(config.data.count, config.seed)
-    directory = study.directory_of(_WORKDIR.value, config, underfit_steps=_UNDERFIT_STEPS.value)
+    identity = {"underfit_steps": _UNDERFIT_STEPS.value, "backbone": base.fingerprint}
+    directory = study.directory_of(_WORKDIR.value, config, **identity)
     found = {}
     for name, make in models(config, base, sets["key"], directory, _UNDERFIT_STEPS.value).items():
         processes.say(f"{name}: {ABOUT[name]} ...")

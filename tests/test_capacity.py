@@ -34,7 +34,7 @@ def memory(base, tmp_path_factory):
 
 def test_a_memory_is_counted_by_what_it_recalls_and_trains(memory):
     floats = 2 * (helpers.BACKBONE.mlp_width + helpers.BACKBONE.width)
-    assert memory["recall"] == 1 and memory["recalled"] == memory["certified"] == len(FACTS)
+    assert memory["recall"] == 1 and memory["recalled"] == memory["certificates"]["certified"] == len(FACTS)
     assert memory["load"] == len(FACTS) * 8 / 64
     assert 8 <= memory["experts_used"] <= 48 and memory["trained_parameters"] == memory["experts_used"] * floats
     bits = len(FACTS) * math.log2(10**10)
@@ -89,6 +89,7 @@ def test_verdicts_follow_the_measurements():
     assert verdicts([full, shared, broken, spoiled], [full, broken]) == [partly, partly, never]
     assert verdicts([broken, spoiled], [broken]) == [never, never, never]
     assert verdicts([cell(bits_per_parameter=4.0)], [full])[2] == partly
+    assert verdicts([full], [cell(count=10)])[0] == partly  # complete, but no large set
     assert verdicts([cell(bits_per_parameter=17.0)], [full])[2] == whole
 
 

@@ -82,7 +82,7 @@ def test_verdicts_follow_from_the_ratios():
 def test_claims_follow_from_the_steps(flops, seconds, expected):
     cheap, dear = {"seconds": 0.001, "flops": 1e6}, {"seconds": 0.002, "flops": 2e6}
     steps = {"methods": {"full": dear, "lora": dear, "mome": cheap}, "num_experts": 2**20, "few_experts": 2**14}
-    steps |= {"flops_over_few": flops, "seconds_over_few": seconds}
+    steps |= {"flops_over_few": flops, "seconds_over_few": seconds, "flops_once": 1e6}
     assert [claim["verdict"] for claim in compute_requirements.claims([], steps)] == [expected, "reproduced"]
     steps["methods"]["mome"] = dear
     assert compute_requirements.claims([], steps)[1]["verdict"] == "not reproduced"

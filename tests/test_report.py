@@ -22,14 +22,15 @@ def test_a_verdict_follows_from_what_holds(holds, verdict):
 def test_a_failure_is_a_gap_with_its_last_line(tmp_path, capfd):
     part = report.run("step_cost", tmp_path / "step_cost", ["--config.memory.nope=1"], "experiment 1 of 1")
     assert "no such field" in part["failure"] and part["failure"].startswith("error: --config.memory.nope")
-    assert not (tmp_path / "step_cost" / "report.json").exists()
+    assert not (tmp_path / "step_cost" / "results.json").exists()
     assert "--config.memory.nope" in capfd.readouterr().err
 
 
 def test_what_has_finished_is_not_run_again(tmp_path):
-    done = {"name": "capacity", "command": "c", "seconds": 1.0, "table": "", "claims": [], "environment": {}}
-    (tmp_path / "report.json").write_text(json.dumps(done))
-    assert report.run("capacity", tmp_path, [], "") == done
+    """And the page says of it what it says itself now."""
+    done = {"command": "c", "seconds": 1.0, "table": "", "claims": [], "environment": {}}
+    (tmp_path / "results.json").write_text(json.dumps(done | {"cells": []}))
+    assert report.run("capacity", tmp_path, [], "") == done | {"name": "capacity"}
 
 
 def test_the_page_has_claims_figures_and_gaps(tmp_path):
@@ -40,11 +41,12 @@ def test_the_page_has_claims_figures_and_gaps(tmp_path):
         {"name": "randomization_test", "command": "c", "seconds": 61.0, "table": "a < b", "claims": [told]},
         {"name": "step_cost", "command": "d", "failure": "error: no room"},
     ]
-    parts[0]["environment"] = {"jax": "1.2.3"}
+    parts[0] |= {"environment": {"jax": "1.2.3"}, "certificates": {"certified": 1234, "certified_but_wrong": 1}}
     html, markdown = report.page(parts, tmp_path)
     for page in (html, markdown):
         assert "(61 s)" in page and page.count(" s)") == 1
         assert "1 reproduced, 0 reproduced in part, 0 not reproduced." in page
+        assert "certified 1,234 times" in page and "1 of those were not recalled" in page.replace("\n", " ")
         assert "It did." in page and "error: no room" in page and "jax 1.2.3" in page
     assert "It &lt;holds&gt;." in html and "a &lt; b" in html and "data:image/png;base64,cGljdHVyZQ==" in html
     assert "| randomization_test | It <holds>. | reproduced | It did. |" in markdown
@@ -71,9 +73,9 @@ def test_experiments_get_the_config_as_it_was_given(given, kept):
 
 def test_some_experiments_more_and_a_sigterm(tmp_path):
     """The page of one more experiment keeps the others'; one that is terminated is no failure of it."""
-    done = {"name": "capacity", "command": "c", "seconds": 1.0, "table": "the table", "claims": [], "environment": {}}
+    done = {"command": "c", "seconds": 1.0, "table": "the table", "claims": [], "environment": {}}
     (tmp_path / "capacity").mkdir()
-    (tmp_path / "capacity" / "report.json").write_text(json.dumps(done))
+    (tmp_path / "capacity" / "results.json").write_text(json.dumps(done))
     options = "--only=compute_requirements", "--config.memory.num_experts=16384"
     process = helpers.start("experiments.report", f"--workdir={tmp_path}", *options)
     while "compute_requirements" not in process.stdout.readline():
@@ -83,7 +85,7 @@ def test_some_experiments_more_and_a_sigterm(tmp_path):
     process.terminate()
     result = helpers.finish(process)
     assert result.returncode == 75 and result.stderr.endswith("run again to go on\n")
-    assert not (tmp_path / "compute_requirements" / "report.json").exists()
+    assert not (tmp_path / "compute_requirements" / "results.json").exists()
     again = helpers.call("experiments.report", f"--workdir={tmp_path}", *options)
     assert again.returncode == 0, again.stderr
     page = (tmp_path / "report.md").read_text()

@@ -162,7 +162,9 @@ def outcome(wrong: dict[str, int], exact: int = 0):
 )
 def test_verdicts_follow_from_the_counts(verbatim, unknown, indexes, expected):
     systems = {name: outcome({"unknown": indexes}) for name in comparison.RETRIEVAL}
-    systems |= {"lora": outcome({"unknown": 500}), "mome": outcome({"verbatim": verbatim, "unknown": unknown})}
+    mome = outcome({"verbatim": verbatim, "unknown": unknown})
+    mome["sets"]["verbatim"]["exact"] = 1000 - verbatim
+    systems |= {"lora": outcome({"unknown": 500}), "lora" + comparison.REFUSING: outcome({}), "mome": mome}
     systems["mome" + comparison.REFUSING] = outcome({})
     systems["mome" + comparison.KNOWN] = outcome({}, exact=1000)
     assert [claim["verdict"] for claim in comparison.claims(systems)] == expected
@@ -186,7 +188,12 @@ def test_a_killed_run_goes_on(tmp_path):
             }
             for part, asked in (("test", test), ("calibration", calibration))
         }
-        training = {"epochs": 1, "certified": 4, "tuning_seconds": 1.0, "experts_used": 5}
+        training = {
+            "epochs": 1,
+            "certificates": {"certified": 4, "certified_but_wrong": 0},
+            "tuning_seconds": 1.0,
+            "experts_used": 5,
+        }
         rest = {"latency_seconds": 0.1, "bytes_per_fact": 10.0, "seconds": 1.0}
         (tmp_path / f"replies_{name}.json").write_text(json.dumps(replies | training | rest))
     flags = (f"--workdir={tmp_path}", "--facts=4", "--config.memory.num_experts=4096", "--config.router.calibration=64")

@@ -69,8 +69,9 @@ def test_what_was_trained_is_lost_with_its_selection(base, features_QD):
     assert moved["lost"] > 0
 
 
-def result(recall, epochs, changed=0.0):
-    return {"recall": recall, "epochs": epochs, "changed": changed, "experts_used": 5, "lost": 0}
+def result(recall, epochs, changed=0.0, since=0.0):
+    rest = {"changed_since": since, "experts_used": 5, "lost": 0}
+    return {"recall": recall, "epochs": epochs, "changed": changed, **rest}
 
 
 def verdicts(**changes):
@@ -85,3 +86,4 @@ def test_verdicts_follow_the_measurements():
     assert verdicts(**lost) == [whole, whole, whole]
     assert verdicts(**lost | {"whitened": result(1.0, 21)}) == [whole, whole, partly]  # about as many epochs
     assert verdicts(**lost | {"ours": result(0.4, 5, 0.1)})[:2] == [partly, never]
+    assert verdicts(**lost | {"ours": result(1.0, 20, since=0.1)})[0] == partly  # another selection after tuning

@@ -3,6 +3,7 @@
 import json
 
 import helpers
+import numpy as np
 import pytest
 
 from experiments.parts import study
@@ -30,6 +31,13 @@ def test_a_directory_belongs_to_one_configuration_on_any_mesh(tmp_path):
         study.directory_of(workdir, helpers.replace(helpers.CONFIG, tuning={"epochs": 5}), facts="abc")
     with pytest.raises(UserError, match="facts: "):
         study.directory_of(workdir, helpers.CONFIG, facts="others")
+
+
+def test_certificates_are_counted_with_those_that_were_wrong():
+    certified_F, exact_F = np.array([True, True, False, False]), np.array([True, False, True, False])
+    one = study.certificates(certified_F, exact_F)
+    assert one == {"certified": 2, "certified_but_wrong": 1}
+    assert study.added([one, one]) == {"certified": 4, "certified_but_wrong": 2}
 
 
 def test_a_study_ends_in_results_a_picture_and_verdicts(tmp_path, capsys):

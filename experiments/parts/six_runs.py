@@ -32,11 +32,15 @@ def prepare(config: Config, workdir: str) -> Setting:
         answers: facts_lib.load(data.facts, answers, data.count, config.seed, data.dir) for answers in facts_lib.ANSWERS
     }
     base = model.load_base(config)
-    fingerprints = {answers: runs.fingerprint(facts[answers]) for answers in facts}
-    directory = study.directory_of(workdir, config, facts=fingerprints)
+    directory = study.directory_of(workdir, config, facts=fingerprints(facts), backbone=base.fingerprint)
     devices = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
     processes.say(f"{data.count} facts on {devices}; training the router ...")
     return Setting(config, base, facts, model.make_router(config, base, questions_of(facts)), directory)
+
+
+def fingerprints(facts: dict[str, list[facts_lib.Fact]]) -> dict[str, str]:
+    """What tells the facts of one setting from those of another."""
+    return {answers: runs.fingerprint(facts[answers]) for answers in facts}
 
 
 def questions_of(facts: dict[str, list[facts_lib.Fact]]) -> list[str]:
