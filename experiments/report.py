@@ -147,8 +147,7 @@ def main() -> None:
         raise UserError(f"--only={unknown[0]}: no such experiment; there are {', '.join(EXPERIMENTS)}")
     command.require("report", "jinja2")
     given = overrides(sys.argv[1:])
-    identity = {"overrides": given, "config": _CONFIG.value.to_dict()}  # a file of it may change
-    directory = command.open_workdir(_WORKDIR.value, identity)
+    directory = command.open_workdir(_WORKDIR.value, {"config": _CONFIG.value.to_dict()})
     names = [name for name in EXPERIMENTS if not _ONLY.value or name in _ONLY.value]
     parts = {name: part for name in EXPERIMENTS if (part := finished(name, directory / name))}
     for number, name in enumerate(names, 1):

@@ -9,7 +9,7 @@ third answers a file of lines {"question": "..."} and writes them to OUT.jsonl w
 --memory=OUT, from `lamini_jax.export`, serves in place of --workdir, beside the backbone at --backbone if that lies
 elsewhere on this machine. --details adds how sure the answer is, the smallest probability among its tokens, and the
 experts that the question selected, with how many of them facts have trained: all of them for a question that was tuned,
-few for one that the memory knows nothing of. --temperature samples instead of taking the likeliest tokens.
+fewer for another as long as most experts are untrained. --temperature samples instead of taking the likeliest tokens.
 --lookup=approximate finds experts faster on a TPU and misses some of them. --mesh_model is what --config.mesh.model is
 to tuning.
 """
