@@ -10,8 +10,8 @@ fine-tuning, LoRA and memory experts take steps in turn on the same phone book e
 so it is compared with the count for one layer of each part.
 
 Takes 20 seconds on 2 x86-64 cores (jax 0.10.2). Expect of the paper's six numbers two to reproduce (power bill,
-carbon), two in part (days, megawatts) and two not (FLOPs, 1B facts); per fact and step 7.7 ms for full fine-tuning,
-5.1 for LoRA and 2.4 for memory experts, 1.04 times as long with 2^20 experts as with 2^14.
+carbon), two in part (days, megawatts) and two not (FLOPs, 1B facts); per fact and step 7.4 ms for full fine-tuning,
+5.2 for LoRA and 2.4 for memory experts, 1.03 times as long with 2^20 experts as with 2^14.
 """
 
 import dataclasses
