@@ -5,8 +5,8 @@
 
 runs each experiment in a directory of its own below --workdir and skips those that have finished; one that fails is
 named in the page, and the others go on. After each, the page of all that have finished so far is there: report.html
-(self-contained) and report.md. --config and its fields go to every experiment. A SIGTERM ends it with status 75, and
-the experiment that is running saves itself first; started again, it goes on.
+(self-contained) and report.md. --config and its fields go to every experiment. A SIGTERM ends it with status 75,
+and the experiment that is running; started again, it goes on from what that had saved.
 
 Takes 32 minutes and 9.2 GB on 2 x86-64 cores (jax 0.10.2). Expect 33 verdicts: 17 reproduced, 10 in part, 6 not (of
 `regularization_test`, `selective_loss`, `capacity` and `retrieval_comparison` one each, of `compute_requirements` two),

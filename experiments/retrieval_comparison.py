@@ -219,20 +219,19 @@ def measured(make, asked: Asked, calibration: Asked, num_facts: int) -> dict:
     return result | {"latency_seconds": seconds, "bytes_per_fact": system.size / num_facts, **extra}
 
 
-def row(found: dict, asked: Asked, calibration: Asked, refusing: bool, known: bool = False) -> dict:
-    """What a system's replies come to: all, those above a threshold from the calibration, or those all `known`."""
+def row(found: dict, asked: Asked, calibration: Asked, refusal: str) -> dict:
+    """What a system's replies come to: all, or by REFUSING those from a score on, or by KNOWN those all `known`."""
 
     def flat(parts):
         return [part for kind in SETS for part in parts[kind]]
 
     def read(kinds):
-        replies = {kind: [Reply(*reply) for reply in replies] for kind, replies in kinds.items()}
-        if not known:
-            return replies
-        return {kind: [reply._replace(score=reply.known) for reply in some] for kind, some in replies.items()}
+        return {kind: [Reply(*reply) for reply in replies] for kind, replies in kinds.items()}
 
-    test, least = read(found["test"]), 1.0 if known else None
-    if refusing:
+    test, least = read(found["test"]), None
+    if refusal == KNOWN:
+        test, least = {kind: [r._replace(score=r.known) for r in some] for kind, some in test.items()}, 1.0
+    elif refusal == REFUSING:
         least = threshold(flat(read(found["calibration"])), [answer for _, answer in flat(calibration)])
     counts = {kind: judge(test[kind], [answer for _, answer in asked[kind]], least) for kind in SETS}
     rest = {name: value for name, value in found.items() if name not in ("test", "calibration")}
@@ -243,10 +242,10 @@ def rows(found: dict[str, dict], asked: Asked, calibration: Asked) -> dict[str, 
     """A row for each system, for each model one more that refuses, and one for memory experts that knows its own."""
     result = {}
     for name, replies in found.items():
-        result[name] = row(replies, asked, calibration, refusing=name in RETRIEVAL and name != "b_tree")
+        result[name] = row(replies, asked, calibration, REFUSING if name in RETRIEVAL and name != "b_tree" else "")
         if name in MODELS:
-            result[name + REFUSING] = row(replies, asked, calibration, refusing=True)
-    result["mome" + KNOWN] = row(found["mome"], asked, calibration, refusing=False, known=True)
+            result[name + REFUSING] = row(replies, asked, calibration, REFUSING)
+    result["mome" + KNOWN] = row(found["mome"], asked, calibration, KNOWN)
     return result
 
 
@@ -264,7 +263,7 @@ def claims(systems: dict[str, dict]) -> list[dict[str, str]]:
     percents = ", ".join(f"{name} {100 * wrong[name]:.1f}%" for name in ("lora", *RETRIEVAL, f"lora{REFUSING}"))
     others = [invented[name] for name in RETRIEVAL]
     return [
-        # In part if all but one of a hundred are right.
+        # In part if 99 of a hundred are right.
         claim(
             "Memory experts return the facts that they were tuned on and hallucinate none of them (section 7)",
             f"of {verbatim['questions']} questions as they were stored, {verbatim['exact']} are answered exactly, "

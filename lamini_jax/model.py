@@ -21,7 +21,6 @@ from lamini_jax.data.tokenizer import ByteTokenizer, CheckpointTokenizer
 from lamini_jax.errors import UserError
 
 _ROUTING_BATCH = 64
-_LONG = 5  # seconds after which a progress bar appears
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,7 +150,7 @@ def over(prompts: list[batches.Prompts], function):
     """
     parts, order = [], []
     count = sum(len(bucket.index_F) for bucket in prompts)
-    with processes.bar(total=count, desc="reading", unit="question", delay=_LONG, leave=False) as bar:
+    with processes.bar(total=count, desc="reading", unit="question", delay=processes.LONG, leave=False) as bar:
         for bucket in prompts:
             for rows_B in batches.in_order(len(bucket.index_F), min(_ROUTING_BATCH, len(bucket.index_F))):
                 valid = rows_B >= 0

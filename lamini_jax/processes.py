@@ -22,6 +22,7 @@ from jax.experimental import multihost_utils
 from lamini_jax.errors import PROCESS_LOST, UserError
 
 _PATIENCE = 20  # seconds that a process which fails waits for the others
+LONG = 5  # seconds after which it is worth telling how far something is, as the `delay` of a bar
 _terminated = False
 
 

@@ -21,7 +21,6 @@ from lamini_jax.data.benchmarks import MultipleChoice
 from lamini_jax.decoding import Adapted, Sampling
 
 _BATCH = 64
-_LONG = 5  # seconds after which a progress bar appears
 _Z = 1.959964  # of the 95% intervals
 
 
@@ -116,7 +115,9 @@ def stream(base: model.Base, adapt: Adapt, question: str, sampling: Sampling | N
 def answers(base: model.Base, adapt: Adapt, questions: Sequence[str], longest: int | None = None) -> list[str]:
     """The answers of greedy decoding, as text. Tells of its progress if it takes long."""
     given = ask(base, adapt, questions, longest)
-    texts = dict(processes.bar(given, total=len(questions), desc="asking", unit="question", delay=_LONG, leave=False))
+    texts = dict(
+        processes.bar(given, total=len(questions), desc="asking", unit="question", delay=processes.LONG, leave=False)
+    )
     return [texts[number].text for number in range(len(questions))]
 
 
