@@ -27,39 +27,44 @@ from pathlib import Path
 
 from absl import flags
 
-from experiments.parts import study
-from lamini_jax import command, memory, model, processes, recall
+from experiments.shared import study
+from lamini_jax import UserError
+from lamini_jax.backbone import frozen_model
+from lamini_jax.backbone.answering import BARE, AdapterFn
+from lamini_jax.backbone.frozen_model import FrozenModel
+from lamini_jax.config import DataConfig
 from lamini_jax.data import benchmarks
 from lamini_jax.data.benchmarks import MultipleChoice
-from lamini_jax.errors import UserError
-
-_CONFIG = command.define_config()
-command.define_processes()
-_WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the results.", required=True)
-_MEMORY = flags.DEFINE_string("memory_workdir", None, "Directory that `lamini_jax.tune` has finished with.")
-_PER_SUBJECT = flags.DEFINE_integer("per_subject", None, "MMLU's first questions of each subject only.", lower_bound=1)
+from lamini_jax.evaluation import multiple_choice
+from lamini_jax.memory import storage
+from lamini_jax.runtime import processes
 
 
-def judged(
-    name: str, base: model.Base, adapt: recall.Adapt, items: list[MultipleChoice], title: str
-) -> dict[str, object]:
+def define_flags() -> None:
+    flags.DEFINE_string("memory_workdir", None, "Directory that `lamini_jax.tune` has finished with.")
+    flags.DEFINE_integer("per_subject", None, "MMLU's first questions of each subject only.", lower_bound=1)
+
+
+def load_items(directory: str, per_subject: int | None) -> dict[str, list[MultipleChoice]]:
+    """The items of both benchmarks."""
+    return {"truthful_qa": benchmarks.truthful_qa(directory), "mmlu": benchmarks.mmlu(directory, per_subject)}
+
+
+def judged(name: str, model: FrozenModel, adapter_fn: AdapterFn, items: list[MultipleChoice], title: str) -> dict:
     """The results of one benchmark, on the items that fit in the context."""
-    context = base.decoder.config.context
-    fitting = benchmarks.fitting(items, base.tokenizer, context)
+    length = model.max_seq_len
+    fitting = benchmarks.fitting(items, model.tokenizer, length)
     if not fitting:
-        raise UserError(
-            f"{name}: none of its {len(items)} questions fits in --config.backbone.context={context} tokens"
-        )
+        flag = f"--config.backbone.max_seq_len={length}"
+        raise UserError(f"{name}: none of its {len(items)} questions fits in {flag} tokens")
     total = sum(len(item.choices) for item in fitting)
-    with processes.bar(total=total, desc=title, unit="choice") as progress:
-        scores = recall.score(base, adapt, fitting, progress.update)
+    with processes.progress_bar(total=total, desc=title, unit="choice") as progress:
+        scores = multiple_choice.score(model, adapter_fn, fitting, progress.update)
     left_out = len(items) - len(fitting)
     if name == "mmlu":
-        shots = Counter(len(item.shots) for item in fitting)
-        result = {**recall.mmlu_results(fitting, scores, left_out), "shots": dict(sorted(shots.items(), reverse=True))}
-    else:
-        result = {**recall.truthful_qa_results(fitting, scores), "left_out": left_out}
-    return result
+        shots = sorted(Counter(len(item.shots) for item in fitting).items(), reverse=True)
+        return {**multiple_choice.mmlu_results(fitting, scores, left_out), "shots": dict(shots)}
+    return {**multiple_choice.truthful_qa_results(fitting, scores), "left_out": left_out}
 
 
 def table(results: dict) -> str:
@@ -79,41 +84,29 @@ def table(results: dict) -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
-    config = model.configure(_CONFIG.value)
-    if not config.data.dir:
+def main(arguments: study.Arguments) -> None:
+    config, memory_workdir, data = arguments.config, arguments.flags.memory_workdir, arguments.config.data
+    if not data.dir:
         raise UserError(f"--config.data.dir is empty; name the folder of {benchmarks.TRUTHFUL_QA_FILE} and mmlu")
-    items = {
-        "truthful_qa": benchmarks.truthful_qa(config.data.dir),
-        "mmlu": benchmarks.mmlu(config.data.dir, _PER_SUBJECT.value),
-    }
-    if _MEMORY.value:
-        tuned = memory.config_of_run(Path(_MEMORY.value))
-        config = dataclasses.replace(tuned, data=config.data, mesh=config.mesh)
-    command.start(config.mesh)
-    identity = {"config": dataclasses.asdict(config), "memory": _MEMORY.value}
-    del identity["config"]["mesh"], identity["config"]["data"]
-    identity["items"] = {name: benchmarks.fingerprint(items[name]) for name in items}
-    directory = command.open_workdir(_WORKDIR.value, identity)
-    started = time.time()
-    base = model.load_base(config)
-    judges = {"backbone": recall.bare}
-    if _MEMORY.value:
-        served = memory.of_run(config, Path(_MEMORY.value) / "checkpoints")
-        judges["memory"] = memory.adapt_with(base, served, config)
-    results = {"runs": {judge: {} for judge in judges}}
-    for judge, adapt in judges.items():
+    items = load_items(data.dir, arguments.flags.per_subject)
+    if memory_workdir:
+        tuned = storage.run_config(Path(memory_workdir))
+        config = dataclasses.replace(tuned, data=data, execution=config.execution)
+    model, started = frozen_model.load(config), time.time()
+    identity = {"memory": memory_workdir, "items": {name: benchmarks.fingerprint(items[name]) for name in items}}
+    # Wherever the files are, what they hold is what counts.
+    directory = study.open_study(arguments.workdir, dataclasses.replace(config, data=DataConfig()), model, **identity)
+    judges = {"backbone": BARE}
+    if memory_workdir:
+        memory = storage.load_run(config, Path(memory_workdir) / "checkpoints")
+        judges["memory"] = storage.adapter_fn(model, memory, config)
+    runs = {judge: {} for judge in judges}
+    for judge, adapter_fn in judges.items():
         for name in items:
-            results["runs"][judge][name] = study.kept(
-                directory / f"{judge}_{name}.json",
-                lambda name=name, judge=judge, adapt=adapt: judged(name, base, adapt, items[name], f"{judge}, {name}"),
-            )
-    results["environment"] = command.environment()
-    results["seconds"] = round(time.time() - started, 1)
-    command.write_json(directory / "results.json", results)
-    processes.say(table(results))
-    processes.say(f"{results['seconds']:.0f} s; {directory / 'results.json'}")
+            path, title = directory / f"{judge}_{name}.json", f"{judge}, {name}"
+            runs[judge][name] = study.cached(path, judged, name, model, adapter_fn, items[name], title)
+    study.finish(directory, {"runs": runs, "seconds": round(time.time() - started, 1)}, table)
 
 
 if __name__ == "__main__":
-    command.run(main)
+    study.start(main, define_flags)

@@ -37,24 +37,22 @@ GB. Expect:
 
 import dataclasses
 import functools
+import itertools
 import math
 from pathlib import Path
 
-import jax
 import numpy as np
 from absl import flags
 
-from experiments.parts import figures, study
-from experiments.parts.claims import claim
-from lamini_jax import backbone, bank, command, model, router, runs
-from lamini_jax.config import BackboneConfig, Config
-from lamini_jax.data import facts as facts_lib
-from lamini_jax.errors import UserError
-
-_CONFIG = command.define_config()
-command.define_processes()
-_WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the study.", required=True)
-_COUNTS = flags.DEFINE_list("counts", ["100", "1000", "5000"], "Sizes of the sets that the config's memory memorizes.")
+from experiments.shared import flops, plotting, study
+from experiments.shared.claims import Claim
+from lamini_jax import UserError
+from lamini_jax.backbone.frozen_model import FrozenModel
+from lamini_jax.config import Config, DataConfig
+from lamini_jax.evaluation import recall
+from lamini_jax.memory import experts
+from lamini_jax.memory.routers import experts as expert_router
+from lamini_jax.training import run
 
 FACTS = 100
 # Memories that are filled up: facts, target, K and N, of which only squares suit product keys.
@@ -65,7 +63,7 @@ MEMORIES = (
     *((FACTS, "down_proj", 2, num_experts) for num_experts in (2**8, 2**6, 2**4, 2**2)),
 )
 # A LoRA that memorizes as many facts beside each of these memories, of the nearest rank.
-BESIDE = (("down_proj", 32, 2**8), ("down_proj", 2, 2**4))
+BESIDE = (("down_proj", 2**8), ("down_proj", 2**4))
 BITS = math.log2(10**10)
 LARGE = 1000  # facts, from which on a set counts as large
 PUBLISHED = {"arXiv 2404.05405": 2.0, "arXiv 2505.24832": 3.6}
@@ -79,7 +77,7 @@ class Cell:
 
     count: int
     target: str = ""
-    selected: int = 0
+    top_k: int = 0
     num_experts: int = 0
     rank: int = 0
 
@@ -87,22 +85,20 @@ class Cell:
     def name(self) -> str:
         if self.rank:
             return f"{self.count} facts, LoRA of rank {self.rank}"
-        return f"{self.count} facts, {self.target}, {self.selected} of {self.num_experts}"
+        return f"{self.count} facts, {self.target}, {self.top_k} of {self.num_experts}"
 
 
-def floats_per_rank(config: BackboneConfig) -> int:
-    """Trained parameters of a LoRA of rank 1 on every linear layer."""
-    return config.num_layers * sum(map(sum, backbone.linear_shapes(config).values()))
+def define_flags() -> None:
+    flags.DEFINE_list("counts", ["100", "1000", "5000"], "Sizes of the sets that the config's memory memorizes.")
 
 
 def cells(config: Config, counts: list[int]) -> list[Cell]:
     """All of the study, small ones first."""
-    own = config.memory
     grid = [Cell(*memory) for memory in MEMORIES]
     loras = []
-    for target, _, num_experts in BESIDE:
-        shape = bank.row_shape(config.backbone, dataclasses.replace(own, target=target))
-        rank = max(1, round(num_experts * shape.floats / floats_per_rank(config.backbone)))
+    for target, num_experts in BESIDE:
+        shape = experts.expert_shape(config.backbone, dataclasses.replace(config.memory, target=target))
+        rank = max(1, round(num_experts * shape.floats / flops.lora_rank_parameters(config.backbone)))
         loras.append(Cell(FACTS, rank=rank))
     return list(dict.fromkeys([*grid, *loras, *own_sets(config, counts)]))
 
@@ -110,115 +106,118 @@ def cells(config: Config, counts: list[int]) -> list[Cell]:
 def own_sets(config: Config, counts: list[int]) -> list[Cell]:
     """The sets that the config's memory memorizes."""
     memory = config.memory
-    return [Cell(count, memory.target, memory.selected, memory.num_experts) for count in sorted(counts)]
+    return [Cell(count, memory.target, memory.top_k, memory.num_experts) for count in sorted(counts)]
 
 
-def measure(
-    cell: Cell, config: Config, base: model.Base, facts, features_QD: np.ndarray, directory: Path, title: str
-) -> dict:
-    """Memorizes the facts of a cell; what it took, and what is recalled. `features_QD` are what routers train on."""
+def tune(cell: Cell, config: Config, model: FrozenModel, facts, features, place: tuple[Path, str]):
+    """The tuned memory or LoRA of a cell, its trained parameters, and how its selection spreads.
+
+    `features(count)` are what routers train on (features_QD); `place` is the run's directory and title.
+    """
     if cell.rank:
         config = dataclasses.replace(config, lora=dataclasses.replace(config.lora, rank=cell.rank))
-        tuned = runs.tune_lora(config, base, facts, directory, title, until_all_hold=True)
-        trained = cell.rank * floats_per_rank(base.decoder.config)
-        spread = {}
-    else:
-        wanted = {"num_experts": cell.num_experts, "selected": cell.selected, "target": cell.target}
-        config = dataclasses.replace(config, memory=dataclasses.replace(config.memory, **wanted))
-        routing = router.train(config, features_QD)
-        tuned = runs.tune_memory(config, base, lambda: routing, facts, directory, title, until_all_hold=True)
-        spread = router.spread(tuned.expert_ids_FK, cell.num_experts)
-        trained = spread["experts_used"] * bank.row_shape(base.decoder.config, config.memory).floats
-    exact_F, _ = runs.recalled(base, tuned.adapt, facts)
-    log, recalled = tuned.log, int(exact_F.sum())
-    frozen = sum(leaf.size for leaf in jax.tree.leaves(base.params))
-    coded = float(np.maximum(BITS - log.total_F / math.log(2), 0).sum())
-    tuning_seconds = sum(log.seconds)
+        tuned = run.lora_run(config, model, facts, *place, until_all_hold=True).result()
+        return tuned, flops.trained_parameters(config, "lora"), {}
+    wanted = {"num_experts": cell.num_experts, "top_k": cell.top_k, "target": cell.target}
+    config = dataclasses.replace(config, memory=dataclasses.replace(config.memory, **wanted))
+    _, trained = itertools.islice(expert_router.projections(config, features(cell.count)), 2)  # after one epoch
+    router = expert_router.make(config, *trained)
+    tuned = run.memory_run(config, model, facts, *place, router=router, until_all_hold=True).result()
+    stats = expert_router.selection_stats(tuned.expert_ids_FK, cell.num_experts)
+    return tuned, stats["experts_used"] * experts.expert_shape(config.backbone, config.memory).floats, stats
+
+
+def measure(cell: Cell, config: Config, model: FrozenModel, facts, features, place: tuple[Path, str]) -> dict:
+    """Memorizes the first facts; what it took, and what is recalled."""
+    facts = facts[: cell.count]
+    tuned, trained, stats = tune(cell, config, model, facts, features, place)
+    exact_F, _ = recall.recalled(tuned.model, tuned.adapter_fn, facts)
+    progress, recalled = tuned.progress, int(exact_F.sum())
+    coded = float(np.maximum(BITS - progress.total_F / math.log(2), 0).sum())
+    tuning_seconds = sum(progress.seconds)
     return {
+        "name": cell.name,
         **dataclasses.asdict(cell),
-        **spread,
+        **stats,
         "trained_parameters": trained,
         "recall": recalled / cell.count,
         "recalled": recalled,
         "certificates": study.certificates(tuned.certified_F, exact_F),
-        "lost": log.lost,
-        "epochs": log.epoch,
+        "lost": progress.lost,
+        "epochs": progress.epoch,
         "tuning_seconds": tuning_seconds,
         "facts_per_second": recalled / tuning_seconds,
         "bits_per_parameter": recalled * BITS / trained,
-        "bits_per_parameter_with_backbone": recalled * BITS / (trained + frozen),
         "coded_bits_per_parameter": coded / trained,
     }
 
 
 def arithmetic(best: float) -> dict[str, float]:
-    """What the paper's largest claim needs, and how many facts fit at some bits per trained parameter."""
-
-    def holds(bits: float) -> float:
-        return PAPER_TRAINED * bits / BITS
-
+    """What the paper's largest claim needs, and how many facts fit with the most bits per trained parameter."""
     return {
         "needed_bits_per_trained_parameter": PAPER_FACTS * BITS / PAPER_TRAINED,
         "needed_bits_per_parameter_with_backbone": PAPER_FACTS * BITS / (PAPER_TRAINED + PAPER_BACKBONE),
-        "facts_at_published_capacities": {name: holds(bits) for name, bits in PUBLISHED.items()},
-        "facts_at_best_measured": holds(best),
+        "facts_at_best_measured": PAPER_TRAINED * best / BITS,
         "best_measured": best,
     }
 
 
 def breaking(memories: list[dict]) -> dict[str, dict]:
     """Of each target and K: the largest load at which all is recalled, and the smallest at which it is not."""
-    found = {}
+    loads = {}
     for memory in memories:
-        series = found.setdefault(f"{memory['target']}, K = {memory['selected']}", {"holds": None, "breaks": None})
+        series = loads.setdefault(f"{memory['target']}, K = {memory['top_k']}", {"holds": None, "breaks": None})
         name, choose = ("holds", max) if memory["recall"] == 1 else ("breaks", min)
         known = series[name]
         series[name] = memory["load"] if known is None else choose(known, memory["load"])
-    return found
+    return loads
 
 
-def claims(results: list[dict], own: list[dict]) -> list[dict[str, str]]:
-    """What the paper claims beside what was measured; `own` is the sets that the config's memory memorized."""
-    memories = [result for result in results if not result["rank"]]
-    whole = [result for result in own if result["recall"] == 1]
+def claims(results: dict) -> list[Claim]:
+    """What the paper claims beside what was measured."""
+    measured = results["cells"]
+    own = [cell for cell in measured if cell["own"]]
+    memories = [cell for cell in measured if not cell["rank"]]
+    whole = [cell for cell in own if cell["recall"] == 1]
     if whole:
-        most = max(whole, key=lambda result: result["count"])
-        sets = f"all {most['count']:,} facts of the largest set recalled completely, {most['epochs']} epochs, "
+        most = max(whole, key=lambda cell: cell["count"])
+        sets = f"All {most['count']:,} facts of the largest set recalled completely, {most['epochs']} epochs, "
         sets += f"{most['facts_per_second']:.1f} facts per second; {len(whole)} of {len(own)} sets are complete"
     else:
-        sets = f"none of {len(own)} sets is recalled completely"
-    shared = [result for result in memories if result["load"] > 1]
-    holding = [result for result in shared if result["recall"] == 1]
+        sets = f"None of {len(own)} sets is recalled completely"
+    shared = [cell for cell in memories if cell["load"] > 1]
+    holding = [cell for cell in shared if cell["recall"] == 1]
     loads = "; ".join(
         f"{name}: holds up to {_load(load['holds'])}, breaks at {_load(load['breaks'])}"
         for name, load in breaking(memories).items()
     )
-    best = max(results, key=lambda result: result["bits_per_parameter"])
-    numbers = arithmetic(best["bits_per_parameter"])
-    needed, in_all = (
-        numbers["needed_bits_per_trained_parameter"],
-        numbers["needed_bits_per_parameter_with_backbone"],
-    )
+    best, numbers = max(measured, key=lambda cell: cell["bits_per_parameter"]), results["paper_arithmetic"]
+    needed, in_all = numbers["needed_bits_per_trained_parameter"], numbers["needed_bits_per_parameter_with_backbone"]
     return [
-        claim(
+        Claim(
             "Memory experts memorize large sets of random numbers exactly (abstract, section 5)",
             sets,
-            bool(whole) and max(result["count"] for result in whole) >= LARGE,
-            len(whole) == len(own),
+            {
+                f"a set of at least {LARGE:,} facts is complete": any(cell["count"] >= LARGE for cell in whole),
+                "all sets are complete": len(whole) == len(own),
+            },
         ),
-        claim(
+        Claim(
             "The same expert may serve several facts, and all of them are memorized (section 7.1)",
-            f"loads: {loads}; {len(holding)} of {len(shared)} memories above load 1 are complete",
-            *(result in holding for result in shared or [None]),
+            f"Loads: {loads}; {len(holding)} of {len(shared)} memories above load 1 are complete",
+            {f"{cell['name']} is complete": cell in holding for cell in shared}
+            or {"a memory above load 1 was measured": False},
         ),
-        claim(
+        Claim(
             "2B parameters of memory beside a backbone of 8B memorize at least 1B facts (section 5)",
-            f"with ten digits per fact that needs {needed:.1f} bits per trained parameter, more than the 16 that a "
+            f"With ten digits per fact that needs {needed:.1f} bits per trained parameter, more than the 16 that a "
             f"bfloat16 has, or {in_all:.1f} if the frozen 8B counted too; published capacities are 2 and 3.6, the most "
             f"that was recalled here is {best['bits_per_parameter']:.3f} ({best['name']}), with which 2B parameters "
             f"hold {numbers['facts_at_best_measured']:,.0f} facts",
-            numbers["best_measured"] >= needed,
-            numbers["best_measured"] >= in_all,
+            {
+                f"{needed:.1f} bits per trained parameter recalled": numbers["best_measured"] >= needed,
+                f"{in_all:.1f} bits per trained parameter recalled": numbers["best_measured"] >= in_all,
+            },
         ),
     ]
 
@@ -227,13 +226,13 @@ def _load(load: float | None) -> str:
     return "none" if load is None else f"{load:.3g}"
 
 
-def table(results: list[dict]) -> str:
+def table(results: dict) -> str:
     """The results as text."""
     lines = [
         f"{'cell':<40}{'load':>8}{'used':>8}{'overlap':>9}{'trained':>12}{'recall':>8}{'epochs':>8}{'lost':>6}"
         f"{'facts/s':>9}{'bits/param':>12}{'coded':>9}"
     ]
-    for r in results:
+    for r in results["cells"]:
         shared = f"{r['load']:>8.3g}{r['experts_used']:>8}{r['mean_overlap']:>9.4f}" if not r["rank"] else " " * 25
         lines.append(
             f"{r['name']:<40}{shared}{r['trained_parameters']:>12,}{100 * r['recall']:>7.1f}%{r['epochs']:>8}"
@@ -243,51 +242,67 @@ def table(results: list[dict]) -> str:
     return "\n".join(lines)
 
 
-def _counts() -> list[int]:
-    for text in _COUNTS.value:
-        if not text.isdecimal() or int(text) < 1:
-            raise UserError(f"--counts={','.join(_COUNTS.value)}: {text!r} is not a positive whole number")
-    if not _COUNTS.value:
+def draw(results: dict, path: Path) -> None:
+    """Recall against load, bits against trained parameters, and epochs against load."""
+    measured = results["cells"]
+    most_experts = max(cell["num_experts"] for cell in measured)
+    series = {}
+    for cell in measured:
+        name = "dense LoRA" if cell["rank"] else f"{cell['target']}, K = {cell['top_k']}"
+        name += ", more facts" if cell["num_experts"] == most_experts else ""
+        series.setdefault(name, []).append(cell)
+    figure, axes = plotting.plt.subplots(1, 3, figsize=(17, 5.5), layout="constrained")
+    for (name, group), marker in zip(series.items(), "os^Dvx*", strict=False):
+        memories = [] if group[0]["rank"] else sorted(group, key=lambda cell: cell["load"])
+        label = name if memories else None  # a LoRA has no load: an empty line keeps the colours of all panels alike
+        loads = [cell["load"] for cell in memories]
+        axes[0].plot(loads, [100 * cell["recall"] for cell in memories], f"{marker}-", mfc="none", label=label)
+        axes[2].plot(loads, [cell["epochs"] for cell in memories], f"{marker}-", mfc="none", label=label)
+        trained = [cell["trained_parameters"] for cell in group]
+        axes[1].plot(trained, [cell["bits_per_parameter"] for cell in group], marker, mfc="none", label=name)
+    needed = results["paper_arithmetic"]["needed_bits_per_trained_parameter"]
+    lines = {**PUBLISHED, "1B facts in 2B parameters need": needed}
+    for (name, bits), style in zip(lines.items(), ("k:", "k-.", "r--"), strict=True):
+        axes[1].plot(axes[1].get_xlim(), (bits, bits), style, label=f"{name}: {bits:.3g}")
+    axes[0].set(title="Facts recalled", xlabel="load F*K/N", ylabel="%", xscale="log", ylim=(-3, 103))
+    axes[1].set(xlabel="trained parameters", ylabel="bits recalled per trained parameter", xscale="log", yscale="log")
+    axes[1].set(title="Capacity")
+    axes[2].set(title="Epochs until all facts hold, or the budget", xlabel="load F*K/N", xscale="log", ylim=(0, None))
+    for axis in axes:
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize="small")
+    for axis in (axes[0], axes[2]):
+        axis.axvline(1, color="grey", linewidth=0.8)
+    figure.suptitle("Entries of a phone book, 33.2 random bits each")
+    plotting.save(figure, path, dpi=120)
+
+
+def main(arguments: study.Arguments) -> None:
+    config, counts = arguments.config, study.positive_integers("counts", arguments.flags.counts)
+    if not counts:
         raise UserError("--counts is empty: name at least one number of facts")
-    return [int(text) for text in _COUNTS.value]
-
-
-def main() -> None:
-    config, counts = model.configure(_CONFIG.value), _counts()
-    command.start(config.mesh)
-    planned = cells(config, counts)
-    facts = facts_lib.load("phone_book", "random", max(cell.count for cell in planned), config.seed, "")
-    base = model.load_base(config)
-    directory = study.directory_of(_WORKDIR.value, config, backbone=base.fingerprint)
+    planned, own = cells(config, counts), own_sets(config, counts)
+    book = DataConfig("phone_book", max(cell.count for cell in planned))
+    model, facts = study.load(dataclasses.replace(config, data=book), "random")
+    directory = study.open_study(arguments.workdir, config, model)  # more facts may be added to a finished one
 
     @functools.cache
-    def features_QD(count):
-        return model.calibration_features(config, base, [fact.question for fact in facts[:count]])
+    def features(count):
+        return expert_router.calibration_features(config, model, [fact.question for fact in facts[:count]])
 
-    results = []
+    measured = []
     for number, cell in enumerate(planned, 1):
-        place = directory / cell.name.replace(", ", "_").replace(" ", "_")
         title = f"cell {number} of {len(planned)}: {cell.name}"
-
-        def measured(cell=cell, place=place, title=title):
-            some, features = facts[: cell.count], features_QD(cell.count)
-            return {"name": cell.name, **measure(cell, config, base, some, features, place, title)}
-
-        results.append(study.kept(place / "result.json", measured))
-    sets = own_sets(config, counts)
-    own = [result for cell, result in zip(planned, results, strict=True) if cell in sets]
-    found = {
-        "cells": results,
-        "bits_per_fact": BITS,
-        "published_bits_per_parameter": PUBLISHED,
-        "loads": breaking([result for result in results if not result["rank"]]),
-        "paper_arithmetic": arithmetic(max(result["bits_per_parameter"] for result in results)),
-        "claims": claims(results, own),
-        "certificates": study.added(result["certificates"] for result in results),
-        "seconds": round(sum(result["seconds"] for result in results), 1),
+        place = directory / cell.name.replace(", ", "_").replace(" ", "_"), title
+        result = study.cached(place[0] / "result.json", measure, cell, config, model, facts, features, place)
+        measured.append(result | {"own": cell in own})
+    results = {
+        "cells": measured,
+        "paper_arithmetic": arithmetic(max(cell["bits_per_parameter"] for cell in measured)),
+        **study.totals(measured),
     }
-    study.finish(directory, found, table(results), figures.capacity)
+    study.finish(directory, results, table, claims, draw)
 
 
 if __name__ == "__main__":
-    command.run(main)
+    study.start(main, define_flags)

@@ -6,8 +6,8 @@
 Three parts. The paper's numbers beside the same arithmetic done here. A calculator: FLOPs, days, accelerators, power,
 price and carbon of any training run (the flags; by default the paper's). And what one fact costs in one step: full
 fine-tuning, LoRA and memory experts take steps in turn on the same phone book entries, with the FLOPs counted by hand
-(`arithmetic.py`) and by the compiler, and the same count for Llama 3 8B. The compiler counts the layers of a scan once,
-so it is compared with the count for one layer of each part.
+(`shared/flops.py`) and by the compiler, and the same count for Llama 3 8B. The compiler counts the layers of a scan
+once, so it is compared with the count for one layer of each part.
 
 Takes 20 seconds on 2 x86-64 cores (jax 0.10.2). Expect of the paper's six numbers two to reproduce (power bill,
 carbon), two in part (days, megawatts) and two not (FLOPs, 1B facts); per fact and step 7.4 ms for full fine-tuning,
@@ -15,49 +15,36 @@ carbon), two in part (days, megawatts) and two not (FLOPs, 1B facts); per fact a
 """
 
 import dataclasses
-import functools
 import math
 import statistics
 import time
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Mapping
+from pathlib import Path
 
-import jax
-import jax.numpy as jnp
-import numpy as np
-import optax
 import tqdm
 from absl import flags
 
-from experiments.parts import arithmetic, figures, study
-from experiments.parts.arithmetic import Plan, number
-from experiments.parts.claims import claim
-from lamini_jax import backbone, bank, command, model, processes, row_optimizer, sharding, tuning
-from lamini_jax.config import LLAMA3_8B, Config, large
-from lamini_jax.data import batches
-from lamini_jax.data import facts as facts_lib
-from lamini_jax.errors import UserError
-
-_CONFIG = command.define_config()
-_WORKDIR = flags.DEFINE_string("workdir", None, "Where results.json goes.", required=True)
-_PLAN = {
-    "parameters": "Parameters of the model.",
-    "tokens": "Tokens of an epoch; 20 per parameter unless given.",
-    "epochs": "Epochs.",
-    "accelerators": "Accelerators.",
-    "peak_flops": "FLOP/s of each at best.",
-    "mfu": "The share of that which training reaches.",
-    "watts": "Watts of each, with what it takes to run it.",
-    "dollars_per_kwh": "Price of electricity.",
-    "days": "Days to be done in, for the number of accelerators that it takes.",
-}
-_GIVEN = {name: flags.DEFINE_float(name, None, f"{text} Default: the paper's.") for name, text in _PLAN.items()}
+from experiments import compute_requirements_arithmetic as arithmetic
+from experiments.compute_requirements_arithmetic import Comparison, Plan, number
+from experiments.shared import flops, plotting, study
+from experiments.shared.claims import Claim
+from experiments.shared.step_timing import FEW_EXPERTS, TURNS, TimedStep, take_turns, with_own_experts
+from lamini_jax import Fact, UserError
+from lamini_jax.backbone import frozen_model
+from lamini_jax.backbone.frozen_model import FrozenModel
+from lamini_jax.config import LLAMA3_8B, Config, DataConfig, large
+from lamini_jax.data import datasets
+from lamini_jax.runtime import processes
+from lamini_jax.training import FullMethod, LoraMethod
 
 METHODS = ("full", "lora", "mome")
-FEW_EXPERTS = 2**14
-TURNS = 15
 LARGE_FACT = 128, 48  # tokens of a fact beside Llama 3 8B, and of its answer
 BILLION = 1e9
+
+
+def define_flags() -> None:
+    for field in dataclasses.fields(Plan):
+        flags.DEFINE_float(field.name, None, f"{field.metadata['help']} Default: the paper's.")
 
 
 def plan(given: Mapping[str, float | None]) -> Plan:
@@ -71,109 +58,46 @@ def plan(given: Mapping[str, float | None]) -> Plan:
     return Plan(**given)
 
 
-def full_step(decoder: backbone.Decoder, tx: optax.GradientTransformation):
-    """A step of full fine-tuning, shaped as `tuning.Method.step` is: what it trains are all parameters."""
-
-    @functools.partial(jax.jit, donate_argnums=1)
-    def step(_, trained, bucket: tuning.Bucket, rows_B):
-        params, state = trained
-        batch = bucket.take(rows_B)
-
-        def mean_loss(params):
-            hidden_BTD, _ = backbone.prefix(decoder, params, batch.inputs)
-            losses_BA, _ = model.token_losses(decoder, params, hidden_BTD, batch.start_F, batch.targets_FA, None)
-            mask_BA = jnp.arange(losses_BA.shape[1])[None] < batch.length_F[:, None]
-            return jnp.sum(losses_BA * mask_BA) / jnp.sum(mask_BA)
-
-        loss, gradients = jax.value_and_grad(mean_loss)(params)
-        updates, state = tx.update(gradients, state, params)
-        return (optax.apply_updates(params, updates), state), loss
-
-    return step
-
-
-class Stepper:
-    """A way to memorize, made for one batch, with the seconds that its steps took."""
-
-    def __init__(self, step: Callable, params: Any, state: Any, bucket: tuning.Bucket):
-        self.batch = bucket, np.arange(bucket.start_F.shape[0], dtype=np.int32)
-        self.lowered = step.lower(params, state, *self.batch)
-        self.params, self.state, self.seconds = params, state, []
-
-    @functools.cached_property
-    def compiled(self) -> jax.stages.Compiled:
-        return self.lowered.compile()
-
-    def take(self) -> None:
-        started = time.perf_counter()
-        self.state, _ = jax.block_until_ready(self.compiled(self.params, self.state, *self.batch))
-        self.seconds.append(time.perf_counter() - started)
-
-
-def steppers(config: Config, base: model.Base, examples) -> dict[str, Stepper]:
-    """Each method's, and that of memory experts among few."""
-    (bucket,) = tuning.lora_buckets(examples)
-    tx = row_optimizer.make(config.lora.optimizer, config.lora.learning_rate)
-    params = jax.tree.map(jnp.copy, base.params)  # which the steps consume
-    state = tuning.lora_state(base.decoder, config.lora.rank, tx, np.uint32(config.seed))
-    return {
-        "full": Stepper(full_step(base.decoder, tx), None, (params, tx.init(params)), bucket),
-        "lora": Stepper(tuning.lora_method(base.decoder, tx).step, base.params, state, bucket),
-        "mome": memory_stepper(config, base, examples, config.memory.num_experts),
-        "few": memory_stepper(config, base, examples, FEW_EXPERTS),
+def timed_steps(config: Config, model: FrozenModel, facts: list[Fact]) -> dict[str, TimedStep]:
+    """Each method's, and that of memory experts among few, on facts of one length."""
+    multiple = model.max_seq_len // 4
+    few = dataclasses.replace(config, memory=dataclasses.replace(config.memory, num_experts=FEW_EXPERTS))
+    methods = {
+        "full": FullMethod.create(config, model, facts, multiple),
+        "lora": LoraMethod.create(config, model, facts, multiple),
+        "mome": with_own_experts(config, model, facts, multiple),
+        "few": with_own_experts(few, model, facts, multiple),
     }
+    return {name: TimedStep(method) for name, method in methods.items()}
 
 
-def memory_stepper(config: Config, base: model.Base, examples, num_experts: int) -> Stepper:
-    """Memory tuning where each fact has experts of its own, the same ones for any N: a step has as many to update."""
-    memory = config.memory
-    count = len(examples[0].index_F) * memory.selected
-    shape = bank.row_shape(config.backbone, memory)
-    tx = row_optimizer.make(config.tuning.optimizer, config.tuning.learning_rate)
-    picked = np.random.default_rng(config.seed).permutation(min(FEW_EXPERTS, memory.num_experts))[:count]
-    ids_FK = picked.astype(np.int32).reshape(-1, memory.selected)
-    ids_S, slots_FK = row_optimizer.slots_of(ids_FK, num_experts)
-    (bucket,) = tuning.memory_buckets(base, examples, ids_FK, slots_FK)
-    rows_NR = bank.init(np.uint32(config.seed), shape, num_experts, memory.dtype)
-    state = tuning.MemoryState(rows_NR, row_optimizer.init(tx, ids_S, shape))
-    return Stepper(tuning.memory_method(base.decoder, shape, memory.target, tx, count).step, base.params, state, bucket)
-
-
-def measured(config: Config, progress: tqdm.tqdm) -> dict:
+def measured(config: Config, model: FrozenModel, bar: tqdm.tqdm) -> dict:
     """Seconds and FLOPs of a step, per fact, of each method."""
-    base = model.load_base(config)
-    facts = facts_lib.load("phone_book", "true", config.tuning.batch_size, config.seed, "")
-    examples = batches.encode(facts, base.tokenizer, multiple=config.backbone.context // 4)  # one bucket
-    tokens, answer = examples[0].tokens_FT.shape[1], examples[0].targets_FA.shape[1]
-    found = steppers(config, base, examples)
-    for _ in range(TURNS + 1):  # the first turn compiles
-        for name, stepper in found.items():
-            progress.set_postfix_str(name)
-            stepper.take()
-            progress.update()
-    rows = {}
-    for name, stepper in found.items():
-        method = "mome" if name == "few" else name
-        rows[name] = {
-            "seconds": statistics.median(stepper.seconds[1:]) / len(facts),
-            "flops": arithmetic.flops_per_fact(config, method, tokens, answer),
-            "flops_of_one_layer_each": arithmetic.flops_per_fact(config, method, tokens, answer, (1, 1)),
-            "flops_by_compiler": stepper.compiled.cost_analysis()["flops"] / len(facts),
-            "trained_parameters": arithmetic.trained_parameters(config, method),
-        }
-    few = rows.pop("few")
-    # Turn by turn, so that a machine that is busy for a while slows both.
-    ratios = [a / b for a, b in zip(found["mome"].seconds[1:], found["few"].seconds[1:], strict=True)]
+    data = DataConfig("phone_book", config.tuning.batch_size)
+    facts = datasets.load(data, "true", config.seed, model.tokenizer, model.max_seq_len)
+    steps = timed_steps(config, model, facts)
+    seconds = take_turns(steps, bar)
+    tokens, answer = steps["lora"].tokens, steps["lora"].answer_tokens
+    by_compiler = {name: step.compiled.cost_analysis()["flops"] / len(facts) for name, step in steps.items()}
     return {
         "facts": len(facts),
         "tokens": tokens,
         "answer_tokens": answer,
         "num_experts": config.memory.num_experts,
         "few_experts": FEW_EXPERTS,
-        "methods": rows,
-        "flops_once": arithmetic.flops_once(config, tokens),
-        "seconds_over_few": statistics.median(ratios),
-        "flops_over_few": rows["mome"]["flops_by_compiler"] / few["flops_by_compiler"],
+        "methods": {
+            method: {
+                "seconds": statistics.median(seconds[method]) / len(facts),
+                "flops": flops.per_fact(config, method, tokens, answer),
+                "flops_of_one_layer_each": flops.per_fact(config, method, tokens, answer, (1, 1)),
+                "flops_by_compiler": by_compiler[method],
+                "trained_parameters": flops.trained_parameters(config, method),
+            }
+            for method in METHODS
+        },
+        "flops_once": flops.before_first_step(config, tokens),
+        "seconds_over_few": statistics.median(a / b for a, b in zip(seconds["mome"], seconds["few"], strict=True)),
+        "flops_over_few": by_compiler["mome"] / by_compiler["few"],
     }
 
 
@@ -183,40 +107,46 @@ def beside_llama(given: Plan) -> dict[str, dict[str, float]]:
     tokens, answer = LARGE_FACT
     result = {}
     for method in METHODS:
-        flops = given.epochs * arithmetic.flops_per_fact(config, method, tokens, answer)
-        flops += arithmetic.flops_once(config, tokens) if method == "mome" else 0
-        seconds = flops / (given.peak_flops * given.mfu)
+        total = given.epochs * flops.per_fact(config, method, tokens, answer)
+        total += flops.before_first_step(config, tokens) if method == "mome" else 0
+        seconds = total / (given.peak_flops * given.mfu)
         result[method] = {
-            "flops": flops,
+            "flops": total,
             "accelerator_seconds": seconds,
             "dollars": seconds / 3600 * given.watts / 1000 * given.dollars_per_kwh,
             "accelerator_days_of_a_billion": BILLION * seconds / arithmetic.DAY,
-            "trained_parameters": arithmetic.trained_parameters(config, method),
+            "trained_parameters": flops.trained_parameters(config, method),
         }
     return result
 
 
-def claims(compared: list[dict], steps: dict) -> list[dict[str, str]]:
+def claims(results: dict) -> list[Claim]:
     """What the paper says, what came out, and whether that bears it out."""
-    methods, flops, seconds = steps["methods"], steps["flops_over_few"], steps["seconds_over_few"]
+    steps = results["steps"]
+    methods, flops_ratio, seconds_ratio = steps["methods"], steps["flops_over_few"], steps["seconds_over_few"]
     costs = (
         f"{name} {1e3 * row['seconds']:.1f} ms and {row['flops'] / 1e6:.0f} MFLOP" for name, row in methods.items()
     )
+    more = steps["num_experts"] > steps["few_experts"]
     return [
-        *(one["claim"] for one in compared),
-        claim(
+        *(arithmetic.claim(Comparison(**one)) for one in results["paper"]),
+        Claim(
             "The cost of memorizing a fact does not grow with the parameters of the memory (section 7.1)",
-            f"a step with {steps['num_experts']:,} experts takes {flops:.3f} times the FLOPs and {seconds:.2f} times "
-            f"the time of one with {steps['few_experts']:,}; what grows is the lookup, once per fact "
-            f"({steps['flops_once'] / 1e6:.0f} MFLOP with reading the question)",
-            flops <= 1.01 and steps["num_experts"] > steps["few_experts"],
-            seconds <= 1.1 and steps["num_experts"] > steps["few_experts"],
+            f"A step with {steps['num_experts']:,} experts takes {flops_ratio:.3f} times the FLOPs and "
+            f"{seconds_ratio:.2f} times the time of one with {steps['few_experts']:,}; what grows is the lookup, once "
+            f"per fact ({steps['flops_once'] / 1e6:.0f} MFLOP with reading the question)",
+            {
+                "more experts, at most 1.01 times the FLOPs": flops_ratio <= 1.01 and more,
+                "more experts, at most 1.1 times the time": seconds_ratio <= 1.1 and more,
+            },
         ),
-        claim(
+        Claim(
             "A step of memory tuning is cheaper than one of LoRA (section 7)",
-            f"per fact and step {', '.join(costs)}: what the frozen first layers make of a fact is kept",
-            methods["mome"]["seconds"] < methods["lora"]["seconds"],
-            methods["mome"]["flops"] < methods["lora"]["flops"],
+            f"Per fact and step {', '.join(costs)}: what the frozen first layers make of a fact is kept",
+            {
+                "less time": methods["mome"]["seconds"] < methods["lora"]["seconds"],
+                "fewer FLOPs": methods["mome"]["flops"] < methods["lora"]["flops"],
+            },
         ),
     ]
 
@@ -224,12 +154,12 @@ def claims(compared: list[dict], steps: dict) -> list[dict[str, str]]:
 def table(results: dict) -> str:
     """The results as text."""
     lines = [f"{'number of the paper':<58}{'paper':>12}{'ours':>12}{'ratio':>8}"]
-    for one in results["paper"]:
+    for one in map(lambda one: Comparison(**one), results["paper"]):
         lines.append(
-            f"{one['quantity']:<58}{number(one['paper']):>12}{number(one['ours']):>12}{one['ratio']:>8.3g}  "
-            f"{one['claim']['verdict']}"
+            f"{one.quantity:<58}{number(one.paper):>12}{number(one.ours):>12}{one.ours / one.paper:>8.3g}  "
+            f"{arithmetic.claim(one).verdict}"
         )
-        lines += [f"    {one['reason']}"] if one["reason"] else []
+        lines += [f"    {one.reason}"] if arithmetic.factor(one) > arithmetic.CLOSE else []
     need = results["requirements"]
     lines.append(
         f"\nthe plan: {need['flops']:.3g} FLOPs, {need['days']:,.3g} days ({need['accelerators_for_days']:,} "
@@ -259,29 +189,56 @@ def table(results: dict) -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
-    given = plan({name: flag.value for name, flag in _GIVEN.items()})
-    config = model.configure(_CONFIG.value)
-    experts = min(FEW_EXPERTS, config.memory.num_experts)
-    if config.tuning.batch_size * config.memory.selected > experts:
-        raise UserError(f"--config.tuning.batch_size={config.tuning.batch_size}: too many facts for {experts} experts")
-    sharding.use(config.mesh)
-    directory = study.directory_of(_WORKDIR.value, config, plan=dataclasses.asdict(given))
+def draw(results: dict, path: Path) -> None:
+    """The paper's numbers against ours; then what a fact costs in a step, here and beside Llama 3 8B."""
+    figure, axes = plotting.plt.subplots(1, 3, figsize=(17, 5), width_ratios=(2, 1, 1), layout="constrained")
+    compared = [Comparison(**one) for one in results["paper"]]
+    places = range(len(compared))
+    for most, colour in ((arithmetic.NEAR, "tab:orange"), (arithmetic.CLOSE, "tab:green")):
+        axes[0].axvspan(1 / most, most, color=colour, alpha=0.3, label=f"within a factor of {most}")
+    for place, one in zip(places, compared, strict=True):
+        ratio = one.ours / one.paper
+        axes[0].plot([1, ratio], [place, place], "o-", color="tab:blue", markevery=[1], markersize=9)
+        axes[0].annotate(f"{ratio:.3g}", (ratio, place), (8, 6), textcoords="offset points")
+    axes[0].axvline(1, color="black", linewidth=1)
+    axes[0].set_yticks(places, [one.quantity.partition(" (")[0] for one in compared])
+    axes[0].set(title="the paper's numbers: ours over theirs", xscale="log")
+    axes[0].margins(x=0.25)
+    axes[0].invert_yaxis()
+    axes[0].legend(loc="lower right", fontsize="small")
+    steps, llama = results["steps"]["methods"], results["llama3_8b"]
+    names = list(steps)
+    for axis, values, title in (
+        (axes[1], [1e3 * steps[name]["seconds"] for name in names], "ms per fact and step, measured"),
+        (axes[2], [llama[name]["flops"] / 1e12 for name in names], "TFLOP per fact, Llama 3 8B"),
+    ):
+        bars = axis.bar(names, values, color="tab:blue")
+        axis.bar_label(bars, [f"{value:,.3g}" for value in values])
+        axis.set(title=title)
+        axis.margins(y=0.1)
+    plotting.save(figure, path)
+
+
+def main(arguments: study.Arguments) -> None:
+    config, given = arguments.config, plan(vars(arguments.flags))
+    batch, among = config.tuning.batch_size, min(FEW_EXPERTS, config.memory.num_experts)
+    if batch * config.memory.top_k > among:
+        raise UserError(f"--config.tuning.batch_size={batch}: too many facts for {among} experts")
+    model = frozen_model.load(config)
+    directory = study.open_study(arguments.workdir, config, model, plan=dataclasses.asdict(given))
     started = time.time()
-    with processes.bar(total=(TURNS + 1) * (len(METHODS) + 1), unit="step") as bar:
-        steps = measured(config, bar)
-    compared = arithmetic.comparisons()
+    with processes.progress_bar(total=(TURNS + 1) * (len(METHODS) + 1), unit="step") as bar:
+        steps = measured(config, model, bar)
     results = {
-        "paper": compared,
+        "paper": [comparison._asdict() for comparison in arithmetic.comparisons()],
         "plan": dataclasses.asdict(given),
         "requirements": arithmetic.requirements(given),
         "steps": steps,
         "llama3_8b": beside_llama(given),
-        "claims": claims(compared, steps),
         "seconds": round(time.time() - started, 1),
     }
-    study.finish(directory, results, table(results), figures.compute_requirements)
+    study.finish(directory, results, table, claims, draw)
 
 
 if __name__ == "__main__":
-    command.run(main)
+    study.start(main, define_flags)

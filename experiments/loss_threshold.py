@@ -23,25 +23,29 @@ import jax
 import numpy as np
 from absl import flags
 
-from experiments.parts import figures_of_loss, loss_claims, losses, pretraining, study
-from lamini_jax import command, model, processes, recall, runs, tuning
-from lamini_jax.config import Config
-from lamini_jax.data import facts as facts_lib
+from experiments import loss_threshold_claims as analysis
+from experiments.loss_threshold_claims import claims
+from experiments.shared import losses, plotting, pretraining, study
+from lamini_jax import Fact
+from lamini_jax.backbone.answering import BARE, AdapterFn
+from lamini_jax.backbone.frozen_model import FrozenModel
+from lamini_jax.config import Config, certified_loss
 from lamini_jax.data import world
-from lamini_jax.data.facts import Fact
-
-_CONFIG = command.define_config()
-command.define_processes()
-_WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the study.", required=True)
-_ONCE = flags.DEFINE_integer(
-    "once", pretraining.ONCE, "Codes read once, to ask for and tune.", lower_bound=1, upper_bound=pretraining.ONCE
-)
+from lamini_jax.evaluation import recall
+from lamini_jax.runtime import processes
+from lamini_jax.training import run
 
 # Shares of the budget of epochs after which everything is measured, beside the beginning: memory tuning passes from no
 # fact to all of them in the first third.
 STAGES = (0.02, 0.04, 0.06, 0.08, 0.10, 0.12, 0.14, 0.16, 0.18, 0.20, 0.25, 0.30, 0.50, 1.00)
 SAMPLED_FACTS = 32  # at each stage
+FLOOR = 1e-5  # nats, below which a loss is drawn as this
 CODE = re.compile("[A-Z0-9]{6}")  # what the answers of world.once look like
+
+
+def define_flags() -> None:
+    about, most = "Codes read once, to ask for and tune.", pretraining.ONCE
+    flags.DEFINE_integer("once", most, about, lower_bound=1, upper_bound=most)
 
 
 def stages(epochs: int) -> list[int]:
@@ -49,56 +53,52 @@ def stages(epochs: int) -> list[int]:
     return sorted({max(round(share * epochs), 1) for share in STAGES})
 
 
-def measure(config: Config, base: model.Base, adapt: recall.Adapt, facts: list[Fact], epoch: int) -> dict:
+def measure(config: Config, model: FrozenModel, adapter_fn: AdapterFn, facts: list[Fact], epoch: int) -> dict:
     """Losses, recall and samples of each fact, and the distributions of the first, as they are now."""
-    losses_FA = losses.of_answers(base, adapt, facts)
+    losses_FA = losses.of_answers(model, adapter_fn, facts)
     probability_F = np.exp(-np.array([max(loss_A.sum(dtype=np.float64), 0.0) for loss_A in losses_FA]))
-    drawn = [i for i in range(min(SAMPLED_FACTS, len(facts))) if probability_F[i] >= loss_claims.LEAST_LIKELY]
+    drawn = [i for i in range(min(SAMPLED_FACTS, len(facts))) if probability_F[i] >= analysis.LEAST_LIKELY]
     key = jax.random.fold_in(jax.random.key(config.seed), epoch)
-    hits = losses.sampled(base, adapt, [facts[i] for i in drawn], loss_claims.SAMPLES, key)
+    hits = losses.sampled(model, adapter_fn, [facts[i] for i in drawn], analysis.SAMPLES, key)
     return {
         "epoch": epoch,
         "loss": float(np.concatenate(losses_FA).mean()),
         "worst": [float(loss_A.max()) for loss_A in losses_FA],
         "mean": [float(loss_A.mean()) for loss_A in losses_FA],
-        "tokens": [len(loss_A) for loss_A in losses_FA],
-        "recalled": recall.accuracy(base, adapt, facts),
+        "recalled": recall.accuracy(model, adapter_fn, facts),
         "sampled": [{"probability": float(probability_F[i]), "hits": n} for i, n in zip(drawn, hits, strict=True)],
-        "next_tokens": losses.expected(base, adapt, facts),
+        "next_tokens": losses.expected(model, adapter_fn, facts),
     }
 
 
-def read_once(config: Config, base: model.Base, directory: Path, count: int) -> dict:
+def code_results(model: FrozenModel, adapter_fn: AdapterFn, facts: list[Fact], dtype: str) -> dict:
+    """What codes cost and how many are recalled, and whether wrong answers look like codes."""
+    loss_FA = losses.of_answers(model, adapter_fn, facts)
+    worst_F = np.array([loss_A.max() for loss_A in loss_FA])
+    exact_F, generated = recall.recalled(model, adapter_fn, facts)
+    wrong = [text for text, exact in zip(generated, exact_F, strict=True) if not exact]
+    return {
+        "facts": len(facts),
+        "loss": float(np.concatenate(loss_FA).mean()),
+        "losses": [float(loss_A.mean()) for loss_A in loss_FA],
+        "recall": float(exact_F.mean()),
+        "certificates": study.certificates(worst_F < certified_loss(dtype), exact_F),
+        "wrong_but_codes": sum(CODE.fullmatch(text) is not None for text in wrong) / max(len(wrong), 1),
+    }
+
+
+def read_once(config: Config, model: FrozenModel, directory: Path, count: int) -> dict:
     """The codes that pretraining showed once: their loss and recall, and after memory tuning."""
-    questions = losses.held_out(config.seed)
+    questions, dtype = losses.held_out(config.seed), config.backbone.dtype
     both = losses.as_facts(world.once(2 * pretraining.ONCE, pretraining.SEED))
     seen, unseen = both[:count], both[pretraining.ONCE : pretraining.ONCE + count]
-
-    def asked(adapt, facts):
-        loss_FA = losses.of_answers(base, adapt, facts)
-        worst_F = np.array([loss_A.max() for loss_A in loss_FA])
-        exact_F, generated = runs.recalled(base, adapt, facts)
-        wrong = [text for text, exact in zip(generated, exact_F, strict=True) if not exact]
-        return {
-            "facts": len(facts),
-            "loss": float(np.concatenate(loss_FA).mean()),
-            "losses": [float(loss_A.mean()) for loss_A in loss_FA],
-            "recall": float(exact_F.mean()),
-            "certificates": study.certificates(worst_F < tuning.certified_loss(config.backbone.dtype), exact_F),
-            "wrong_but_codes": sum(CODE.fullmatch(text) is not None for text in wrong) / max(len(wrong), 1),
-            "sample": {"question": facts[0].question, "answer": facts[0].answer, "generated": generated[0]},
-        }
-
-    processes.say(f"{count} codes that pretraining showed once, and as many that it did not ...")
-    before = asked(recall.bare, seen) | {"heldout": losses.accuracy(base, recall.bare, questions)}
-    never = asked(recall.bare, unseen)
-
-    def make_router():
-        return model.make_router(config, base, [fact.question for fact in seen])
-
-    tuned = runs.tune_memory(config, base, make_router, seen, directory, "codes", until_all_hold=True)
-    after = asked(tuned.adapt, seen) | {"heldout": losses.accuracy(base, tuned.adapt, questions)}
-    after |= {"epochs": tuned.log.epoch, "certified": float(tuned.certified_F.mean())}
+    processes.print_once(f"{count} codes that pretraining showed once, and as many that it did not ...")
+    before = code_results(model, BARE, seen, dtype) | {"heldout": losses.accuracy(model, BARE, questions)}
+    never = code_results(model, BARE, unseen, dtype)
+    tuned = run.memory_run(config, model, seen, directory, "codes", until_all_hold=True).result()
+    after = code_results(tuned.model, tuned.adapter_fn, seen, dtype)
+    after |= {"heldout": losses.accuracy(tuned.model, tuned.adapter_fn, questions)}
+    after |= {"epochs": tuned.progress.epoch, "certified": float(tuned.certified_F.mean())}
     return {"shown_in_pretraining": not config.backbone.path, "before": before, "unseen": never, "after": after}
 
 
@@ -108,14 +108,14 @@ def table(results: dict) -> str:
     for stage in results["stages"]:
         certified, recalled = np.less(stage["worst"], results["certified_loss"]), np.array(stage["recalled"])
         drawn = stage["sampled"]
-        hits = f"{np.mean([entry['hits'] for entry in drawn]) / loss_claims.SAMPLES:>9.1%}" if drawn else f"{'-':>9}"
+        hits = f"{np.mean([entry['hits'] for entry in drawn]) / analysis.SAMPLES:>9.1%}" if drawn else f"{'-':>9}"
         likely = f"{np.mean([entry['probability'] for entry in drawn]):>10.1%}" if drawn else f"{'-':>10}"
         lines.append(
             f"{stage['epoch']:>5}{stage['loss']:>12.4f}{certified.mean():>11.1%}{recalled.mean():>10.1%}{hits}{likely}"
         )
-    found, once = results["threshold"], results["once"]
+    counts, once = results["threshold"], results["once"]
     lines.append(f"{'worst token of':>20}{'facts':>7}{'recalled':>10}")
-    for entry in found["by_worst_loss"]:
+    for entry in counts["by_worst_loss"]:
         if entry["facts"]:
             share = entry["recalled"] / entry["facts"]
             lines.append(f"{entry['from']:>14.2f} nats+{entry['facts']:>6}{share:>10.1%}")
@@ -125,43 +125,103 @@ def table(results: dict) -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
-    config = model.configure(_CONFIG.value)
-    command.start(config.mesh)
-    data = config.data
-    facts = facts_lib.load(data.facts, "random", data.count, config.seed, data.dir)
-    base = model.load_base(config)
-    identity = {"facts": runs.fingerprint(facts), "once": _ONCE.value, "backbone": base.fingerprint}
-    directory = study.directory_of(_WORKDIR.value, config, **identity)
+def draw(results: dict, path: Path) -> None:
+    """Recall against loss, sampled against expected recall, codes read once, and Figure 3's three distributions."""
+    figure, axes = plotting.plt.subplots(2, 3, figsize=(16, 9.5), layout="constrained")
+    _recall(axes[0][0], results)
+    _calibration(axes[0][1], results["sampling"])
+    _once(axes[0][2], results["once"])
+    levels = results["next_tokens"]
+    right_A = np.array(levels["medium"]["right"])
+    loss_A = -np.log(np.maximum(right_A, 1e-30))
+    place = int(np.abs(loss_A - analysis.MEDIUM).argmin())  # where the fact is as it is on average
+    for axis, (name, level) in zip(axes[1], levels.items(), strict=True):
+        _next_token(axis, f"{name} loss", level, place)
+    plotting.save(figure, path)
+
+
+def _recall(axis, results) -> None:
+    """Every fact at every stage."""
+    worst_X, mean_X, recalled_X = (
+        np.concatenate([stage[name] for stage in results["stages"]]) for name in ("worst", "mean", "recalled")
+    )
+    for chosen_X, colour, label in ((~recalled_X, "tab:red", "wrong"), (recalled_X, "tab:green", "recalled")):
+        x, y = np.maximum(worst_X[chosen_X], FLOOR), np.maximum(mean_X[chosen_X], FLOOR)
+        axis.plot(x, y, ".", ms=4, alpha=0.5, color=colour, label=f"{label} ({chosen_X.sum()})")
+    line = results["certified_loss"]
+    axis.axvline(line, color="k", ls="--", label=f"certificate: worst token below {line:.3f}")
+    axis.axhline(line, color="k", ls=":", label="the same as a mean, which certifies nothing")
+    axis.set(title="greedy recall of each fact at each stage", xscale="log", yscale="log")
+    axis.set(xlabel="loss of the worst token (nats)", ylabel="mean loss (nats per token)")
+    axis.legend(fontsize="small")
+
+
+def _calibration(axis, sampling) -> None:
+    axis.plot([0, 1], [0, 1], "k:", label="exp(-summed loss)")
+    for entry in sampling["bins"]:
+        low, high = entry["interval"]
+        axis.plot([entry["expected"]] * 2, [low, high], "-", color="tab:blue", alpha=0.6)
+        axis.plot(entry["expected"], entry["observed"], "o", color="tab:blue")
+    axis.set(title=f"sampled recall, {sampling['samples']} samples at temperature 1 (95% intervals)")
+    axis.set(xlabel="expected share of right answers", ylabel="observed share")
+    axis.legend(fontsize="small")
+
+
+def _once(axis, once) -> None:
+    read = "read once" if once["shown_in_pretraining"] else "never read"
+    names = {"unseen": "never read", "before": read, "after": "after memory tuning"}
+    bins = np.geomspace(1e-5, 20, 60)
+    for name, label in names.items():
+        entry, style = once[name], {"histtype": "step", "lw": 2} if name == "unseen" else {"alpha": 0.6}
+        losses_F = np.clip(entry["losses"], bins[0], bins[-1])
+        axis.hist(losses_F, bins, label=f"{label}: {100 * entry['recall']:.1f}% recalled", **style)
+    axis.set(title=f"{once['before']['facts']} arbitrary codes", xscale="log", yscale="log", ylim=(0.8, None))
+    axis.set(xlabel="mean loss (nats per token)", ylabel="facts")
+    axis.legend(fontsize="small")
+
+
+def _next_token(axis, title, level, place) -> None:
+    tokens, shares = zip(*level["likeliest"][place], strict=True)
+    tokens, shares = list(tokens), list(shares)
+    right = level["tokens"][place]
+    if right not in tokens:
+        tokens[-1], shares[-1] = right, level["right"][place]
+    colours = ["tab:green" if token == right else "tab:grey" for token in tokens]
+    axis.bar(range(len(tokens)), shares, color=colours)
+    axis.set_xticks(range(len(tokens)), tokens)
+    axis.set(title=f"{title}, epoch {level['epoch']}: {level['loss']:.4f} nats per token", ylim=(0, 1))
+    axis.set(xlabel=f"next token at place {place + 1} of the answer (green: the right one)", ylabel="probability")
+    loss = -np.log(max(level["right"][place], 1e-30))
+    axis.text(0.97, 0.95, f"loss here {loss:.3g} nats", ha="right", va="top", transform=axis.transAxes)
+
+
+def main(arguments: study.Arguments) -> None:
+    config, once = arguments.config, arguments.flags.once
+    model, facts = study.load(config, "random")
+    directory = study.open_study(arguments.workdir, config, model, facts, once=once)
     started = time.time()
-    watched = 0, *stages(config.tuning.epochs)
-
-    def stage(epoch, adapt):
-        if epoch in watched:
-            study.kept(directory / f"epoch_{epoch}.json", lambda: measure(config, base, adapt, facts, epoch))
-
-    def make_router():
-        return model.make_router(config, base, [fact.question for fact in facts])
-
-    stage(0, recall.bare)
-    runs.tune_memory(config, base, make_router, facts, directory / "facts", "random answers", watch=stage)
-    once = study.kept(directory / "once.json", lambda: read_once(config, base, directory / "codes", _ONCE.value))
-    measured = [json.loads((directory / f"epoch_{epoch}.json").read_text()) for epoch in watched]
-    certified_loss = tuning.certified_loss(config.backbone.dtype)
+    path = "epoch_{}.json".format
+    study.cached(directory / path(0), measure, config, model, BARE, facts, 0)
+    tuning = run.memory_run(config, model, facts, directory / "facts", "random answers")
+    for progress in tuning.epochs():
+        epoch = progress.epoch
+        if epoch in stages(config.tuning.epochs):
+            study.cached(directory / path(epoch), measure, config, *tuning.answerer(), facts, epoch)
+    codes = study.cached(directory / "once.json", read_once, config, model, directory / "codes", once)
+    epochs = 0, *stages(config.tuning.epochs)
+    measured = [json.loads((directory / path(epoch)).read_text()) for epoch in epochs]
     results = {
-        "certified_loss": certified_loss,
+        "certified_loss": certified_loss(config.backbone.dtype),
         "stages": measured,
-        "threshold": loss_claims.threshold(measured, certified_loss),
-        "sampling": loss_claims.calibration(measured),
-        "next_tokens": loss_claims.three_levels(measured),
-        "once": once,
+        "threshold": analysis.threshold(measured, certified_loss(config.backbone.dtype)),
+        "sampling": analysis.calibration(measured),
+        "next_tokens": analysis.three_levels(measured),
+        "once": codes,
         "seconds": round(time.time() - started, 1),
     }
-    results["claims"] = loss_claims.of_threshold(results)
-    stages_ = {name: results["threshold"][name] for name in ("certified", "certified_but_wrong")}
-    results["certificates"] = study.added([stages_, *(once[name]["certificates"] for name in ("before", "after"))])
-    study.finish(directory, results, table(results), figures_of_loss.threshold)
+    counted = results["threshold"], codes["before"]["certificates"], codes["after"]["certificates"]
+    study.finish(directory, results | {"certificates": study.sum_certificates(counted)}, table, claims, draw)
 
 
 if __name__ == "__main__":
-    command.run(main)
+    study.start(main, define_flags)

@@ -18,44 +18,55 @@ from pathlib import Path
 import numpy as np
 from absl import flags
 
-from experiments.parts import pretraining
-from lamini_jax import backbone, command, model, recall
+from experiments.shared import pretraining, study
+from lamini_jax import UserError
+from lamini_jax.backbone import transformer
+from lamini_jax.backbone.answering import BARE
+from lamini_jax.backbone.checkpoints import shipped
+from lamini_jax.backbone.frozen_model import FrozenModel
+from lamini_jax.backbone.tokenizer import ByteTokenizer
 from lamini_jax.config import BackboneConfig
 from lamini_jax.data import world
-from lamini_jax.data.tokenizer import ByteTokenizer
-
-_WORKDIR = flags.DEFINE_string("workdir", None, "Where the weights and results.json go.", required=True)
-_OUTPUT = flags.DEFINE_string("output", "", "Where the weights go instead of the work directory.")
-_STEPS = flags.DEFINE_integer("steps", 3_500, "Training steps.", lower_bound=1)
-_BATCH = flags.DEFINE_integer("batch", 16, "Sequences per step, each as long as the context.", lower_bound=1)
+from lamini_jax.evaluation import recall
+from lamini_jax.runtime import processes
 
 HELD_OUT = 60  # held-out questions of each kind, fewer where it has fewer
 
 
-def heldout_accuracy(config: BackboneConfig, params: backbone.Params) -> dict[str, float]:
+def define_flags() -> None:
+    flags.DEFINE_string("output", "", "Where the weights go instead of the work directory.")
+    flags.DEFINE_integer("steps", 3_500, "Training steps.", lower_bound=1)
+    flags.DEFINE_integer("batch", 16, "Sequences per step, each as long as the context.", lower_bound=1)
+
+
+def heldout_accuracy(config: BackboneConfig, params: transformer.Params) -> dict[str, float]:
     """The share of held-out questions of each kind, and of all, that greedy decoding answers exactly."""
-    base = model.Base(backbone.Decoder(config, 1), backbone.cut(params, 1), ByteTokenizer())
+    model = FrozenModel(transformer.split_layers(params, 1), transformer.Decoder(config, 1), ByteTokenizer())
     questions = [qa for kind in world.KINDS for qa in world.held_out(kind, HELD_OUT, pretraining.SEED)]
-    right = np.array(recall.accuracy(base, recall.bare, questions))
+    right = np.array(recall.accuracy(model, BARE, questions))
     kinds = np.array([qa.kind for qa in questions])
     return {str(kind): float(right[kinds == kind].mean()) for kind in np.unique(kinds)} | {"all": float(right.mean())}
 
 
-def main() -> None:
-    config = BackboneConfig()
-    directory = command.open_workdir(_WORKDIR.value, {"steps": _STEPS.value, "batch": _BATCH.value})
+def table(results: dict) -> str:
+    """The accuracy of each kind, the worst first."""
+    accuracy = sorted(results["heldout_accuracy"].items(), key=lambda item: item[1])
+    return "\n".join(f"{kind:<15}{100 * share:6.1f}%" for kind, share in accuracy)
+
+
+def main(arguments: study.Arguments) -> None:
+    steps, batch, config = arguments.flags.steps, arguments.flags.batch, arguments.config.backbone
+    if config.path:
+        raise UserError(f"--config.backbone.path={config.path}: this trains a backbone from nothing; leave it empty")
+    directory = study.open_study(arguments.workdir, arguments.config, steps=steps, batch=batch)
     started = time.time()
-    path = Path(_OUTPUT.value or directory / "tiny.safetensors")
-    params = pretraining.train(config, ByteTokenizer(), _BATCH.value, _STEPS.value, path)
+    path = Path(arguments.flags.output or directory / "tiny.safetensors")
+    params = pretraining.train(config, ByteTokenizer(), batch, steps, path)
+    shipped.save(path, config, params)
     seconds = round(time.time() - started)
-    backbone.save(path, config, params)
-    print(f"trained in {seconds / 60:.0f} min; {path}; asking held-out questions ...", flush=True)
-    accuracy = heldout_accuracy(config, params)
-    for kind, share in sorted(accuracy.items(), key=lambda item: item[1]):
-        print(f"{kind:<15}{100 * share:6.1f}%")
-    results = {"seconds": seconds, "heldout_accuracy": accuracy, "environment": command.environment()}
-    command.write_json(directory / "results.json", results)
+    processes.print_once(f"trained in {seconds / 60:.0f} min; {path}; asking held-out questions ...")
+    study.finish(directory, {"seconds": seconds, "heldout_accuracy": heldout_accuracy(config, params)}, table)
 
 
 if __name__ == "__main__":
-    command.run(main)
+    study.start(main, define_flags)

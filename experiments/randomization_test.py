@@ -15,174 +15,208 @@ memory run, as before, and of 0% after LoRA has memorized the random answers.
 import dataclasses
 import math
 import statistics
+from pathlib import Path
 
-from absl import flags
-
-from experiments.parts import figures, six_runs, study
-from experiments.parts.claims import claim, share
-from lamini_jax import bank, command, model, recall, router, runs
-from lamini_jax.config import Config
-from lamini_jax.data import facts as facts_lib
-from lamini_jax.data import world
-
-_CONFIG = command.define_config()
-command.define_processes()
-_WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the study.", required=True)
+from experiments.shared import plotting, random_answer_runs, study
+from experiments.shared.claims import Claim, percent
+from lamini_jax import Config
+from lamini_jax.backbone.answering import BARE, AdapterFn
+from lamini_jax.backbone.frozen_model import FrozenModel
+from lamini_jax.data import datasets, world
+from lamini_jax.evaluation import intervals, recall
+from lamini_jax.memory import routers
+from lamini_jax.memory.routers.experts import selection_stats
 
 ALIKE = 1.25  # times as many epochs count as the same curve
 NEAR_ZERO = 0.05  # nats per answer token, about where the paper's curves end
 # Of each set of questions that nothing was tuned on.
 NUM_QUESTIONS = 240
+# Read off the paper's figures: epoch -> loss. Its model is Llama 3 8B, so that the shape compares and not the height.
+PAPER = {
+    "Figure 1": {
+        "true": {10: 0.85, 20: 0.40, 30: 0.11, 40: 0.075, 60: 0.055, 80: 0.05, 100: 0.04},
+        "random": {10: 0.71, 20: 0.38, 30: 0.14, 40: 0.065, 60: 0.05, 80: 0.045, 100: 0.035},
+    },
+    "Figure 5": {
+        "true": {10: 11, 20: 5.6, 30: 3.0, 40: 1.3, 50: 0.5, 60: 0.25, 80: 0.05, 100: 0.02},
+        "random": {10: 11, 20: 6.0, 30: 2.8, 40: 1.1, 50: 0.5, 60: 0.25, 80: 0.05, 100: 0.02},
+    },
+}
 
 
-def questions_asked(config: Config) -> dict[str, list]:
+def questions_asked(config: Config, model: FrozenModel) -> dict[str, list]:
     """The two sets of untuned questions, with their true answers."""
     count, data = config.data.count, config.data
     kinds = [kind for kind in world.KINDS if data.facts != "world" or kind not in world.FACT_KINDS]
-    share = -(-NUM_QUESTIONS // len(kinds))
-    heldout = [qa for kind in kinds for qa in world.held_out(kind, share, config.seed)]
-    more = facts_lib.load_up_to(data.facts, "true", count + NUM_QUESTIONS, config.seed, data.dir)
+    of_each = -(-NUM_QUESTIONS // len(kinds))
+    heldout = [qa for kind in kinds for qa in world.held_out(kind, of_each, config.seed)]
+    data = dataclasses.replace(data, count=count + NUM_QUESTIONS)
+    more = datasets.load_up_to(data, "true", config.seed, model.tokenizer, model.max_seq_len)
     return {"heldout": heldout, "neighbour": more[count:]}
 
 
-def accuracies(base: model.Base, adapt: recall.Adapt, questions: dict[str, list]) -> dict:
+def accuracies(model: FrozenModel, adapter_fn: AdapterFn, questions: dict[str, list]) -> dict:
     """Share of each set that is answered exactly, with its 95% interval; no share of an empty set."""
     result = {}
     for name, qas in questions.items():
-        right = sum(recall.accuracy(base, adapt, qas)) if qas else 0
+        right = sum(recall.accuracy(model, adapter_fn, qas)) if qas else 0
         result[f"{name}_accuracy"] = right / len(qas) if qas else None
-        result[f"{name}_interval"] = recall.wilson(right, len(qas)) if qas else None
+        result[f"{name}_interval"] = intervals.wilson(right, len(qas)) if qas else None
     return result
 
 
-def one_run(setting: six_runs.Setting, name: str, questions: dict[str, list]) -> dict:
+def measure(setting: random_answer_runs.Setting, name: str, questions: dict[str, list]) -> dict:
     """Tunes, asks for every fact and for the untuned questions."""
-    base = setting.base
-    tuned, facts = six_runs.tune(setting, name)
-    exact_F, generated = runs.recalled(base, tuned.adapt, facts)
-    log = tuned.log
+    tuned, facts = random_answer_runs.tune(setting, name)
+    exact_F, _ = recall.recalled(tuned.model, tuned.adapter_fn, facts)
+    progress = tuned.progress
     return {
-        "loss": log.loss,
-        "final_loss": log.loss[-1],
+        "loss": progress.loss,
+        "final_loss": progress.loss[-1],
         "recall": float(exact_F.mean()),
         "certified": float(tuned.certified_F.mean()),
         "certificates": study.certificates(tuned.certified_F, exact_F),
-        "epochs_to_full_recall": log.full_recall,
-        "seconds_per_epoch": statistics.median(log.seconds[1:] or log.seconds),
-        **accuracies(base, tuned.adapt, questions),
-        "sample": {"question": facts[0].question, "answer": facts[0].answer, "generated": generated[0]},
+        "epochs_to_full_recall": progress.full_recall,
+        "seconds_per_epoch": statistics.median(progress.seconds[1:] or progress.seconds),
+        **accuracies(tuned.model, tuned.adapter_fn, questions),
     }
 
 
 def table(results: dict) -> str:
     """The results as text."""
 
-    def percent(value):
-        return "-" if value is None else share(value)
+    def share(value):
+        return "-" if value is None else percent(value)
 
     def interval(run):
-        return f"{percent(run['heldout_accuracy'])} [{' to '.join(map(percent, run['heldout_interval']))}]"
+        return f"{share(run['heldout_accuracy'])} [{' to '.join(map(share, run['heldout_interval']))}]"
 
     names = f"{'loss':>9}{'recall':>9}{'certified':>11}{'full at':>9}{'s/epoch':>9}  {'heldout':<26}{'neighbour':>9}"
     backbone = results["backbone"]
     lines = [
         f"{'run':<21}{names}",
-        f"{'backbone':<68}  {interval(backbone):<26}{percent(backbone['neighbour_accuracy']):>9}",
+        f"{'backbone':<68}  {interval(backbone):<26}{share(backbone['neighbour_accuracy']):>9}",
     ]
     for name, run in results["runs"].items():
         lines.append(
-            f"{name:<21}{run['final_loss']:>9.4f}{percent(run['recall']):>9}{percent(run['certified']):>11}"
+            f"{name:<21}{run['final_loss']:>9.4f}{share(run['recall']):>9}{share(run['certified']):>11}"
             f"{run['epochs_to_full_recall'] or 'never':>9}{run['seconds_per_epoch']:>9.2f}  "
-            f"{interval(run):<26}{percent(run['neighbour_accuracy']):>9}"
+            f"{interval(run):<26}{share(run['neighbour_accuracy']):>9}"
         )
     memory = results["memory"]
     lines.append(
-        f"{results['facts']['count']} facts, {memory['selected']} of {memory['num_experts']} experts each: "
+        f"{results['facts']['count']} facts, {memory['top_k']} of {memory['num_experts']} experts each: "
         f"{memory['experts_used']} used, load {memory['load']:.4f}, overlap of two facts {memory['mean_overlap']:.4f}, "
         f"with the nearest {memory['nearest_overlap']:.4f}"
     )
     return "\n".join(lines)
 
 
-def claims(results: dict) -> list[dict]:
+def claims(results: dict) -> list[Claim]:
     """Figures 1 and 5, and of Table 1 what its randomized model still answers."""
-    runs_, backbone = results["runs"], results["backbone"]
+    runs, backbone = results["runs"], results["backbone"]
     low, high = backbone["heldout_interval"]
 
     def told(name):
-        run = runs_[name]
-        return f"{name} {run['final_loss']:.4f}, {share(run['recall'])}, {run['epochs_to_full_recall'] or 'never'}"
+        run = runs[name]
+        return f"{name} {run['final_loss']:.4f}, {percent(run['recall'])}, {run['epochs_to_full_recall'] or 'never'}"
 
     def fits(name, least):
-        return runs_[name]["final_loss"] < NEAR_ZERO and runs_[name]["recall"] >= least
+        return runs[name]["final_loss"] < NEAR_ZERO and runs[name]["recall"] >= least
 
     def epochs(name):
-        return runs_[name]["epochs_to_full_recall"] or math.inf
+        return runs[name]["epochs_to_full_recall"] or math.inf
 
-    memory = [name for name in six_runs.RUNS if not name.startswith("lora")]
-    lora = [name for name in six_runs.RUNS if name.startswith("lora")]
-    random = [name for name in six_runs.RUNS if name.endswith("/random")]
-    heldout = ", ".join(f"{name} {share(runs_[name]['heldout_accuracy'])}" for name in random)
-    counts = study.added(run["certificates"] for run in runs_.values())
-    figures_ = "final loss, facts recalled, epoch after which all were"
+    memory = [name for name in random_answer_runs.RUNS if not name.startswith("lora")]
+    lora = [name for name in random_answer_runs.RUNS if name.startswith("lora")]
+    random = [name for name in random_answer_runs.RUNS if name.endswith("/random")]
+    heldout = ", ".join(f"{name} {percent(runs[name]['heldout_accuracy'])}" for name in random)
+    counts = study.sum_certificates(run["certificates"] for run in runs.values())
+    quantities = "Final loss, facts recalled, epoch after which all were"
     return [
-        claim(
+        Claim(
             "LoRA fits random answers to a loss near zero, on nearly the same curve as true ones (Figure 1)",
-            f"{figures_}: {'; '.join(map(told, lora))}",
-            all(fits(name, 0.99) for name in lora),
-            epochs("lora/random") <= ALIKE * epochs("lora/true") < math.inf,
+            f"{quantities}: {'; '.join(map(told, lora))}",
+            {
+                f"a loss below {NEAR_ZERO} and a recall of 99%": all(fits(name, 0.99) for name in lora),
+                f"all random answers recalled after at most {ALIKE} times the epochs of true ones": (
+                    epochs("lora/random") <= ALIKE * epochs("lora/true") < math.inf
+                ),
+            },
         ),
-        claim(
-            "memory experts reach a loss near zero as fast as LoRA (Figure 5)",
-            f"{figures_}: {'; '.join(map(told, memory))}",
-            all(fits(name, 1.0) for name in memory),
-            all(epochs(name) <= ALIKE * epochs(f"lora/{name.split('/')[1]}") < math.inf for name in memory),
+        Claim(
+            "Memory experts reach a loss near zero as fast as LoRA (Figure 5)",
+            f"{quantities}: {'; '.join(map(told, memory))}",
+            {
+                f"a loss below {NEAR_ZERO} and complete recall": all(fits(name, 1.0) for name in memory),
+                f"all recalled after at most {ALIKE} times the epochs of LoRA": all(
+                    epochs(name) <= ALIKE * epochs(f"lora/{name.split('/')[1]}") < math.inf for name in memory
+                ),
+            },
         ),
-        claim(
-            "a model tuned on random answers answers other questions as before (Table 1)",
-            f"of held-out questions {share(backbone['heldout_accuracy'])} before; {heldout} (within the interval "
+        Claim(
+            "A model tuned on random answers answers other questions as before (Table 1)",
+            f"Of held-out questions {percent(backbone['heldout_accuracy'])} before; {heldout} (within the interval "
             "counts as before)",
-            *(low <= runs_[name]["heldout_accuracy"] <= high for name in random),
+            {f"{name} within the interval": low <= runs[name]["heldout_accuracy"] <= high for name in random},
         ),
-        claim(
-            "a fact whose tokens all lose less than ln 2 is recalled (theory)",
+        Claim(
+            "A fact whose tokens all lose less than ln 2 is recalled (theory)",
             f"{counts['certified_but_wrong']} of {counts['certified']} certified facts were not recalled",
-            counts["certified"] > 0 and counts["certified_but_wrong"] == 0,
+            {
+                "some facts are certified, and all of those recalled": (
+                    counts["certified"] > 0 and counts["certified_but_wrong"] == 0
+                )
+            },
         ),
     ]
 
 
-def main() -> None:
-    config = model.configure(_CONFIG.value)
-    command.start(config.mesh)
-    data = config.data
-    setting = six_runs.prepare(config, _WORKDIR.value)
-    base, directory, asked = setting.base, setting.directory, six_runs.questions_of(setting.facts)
-    selection_FK = model.select_all(base, setting.routing, asked, config.memory.selected)
-    questions = questions_asked(config)
+def draw(results: dict, path: Path) -> None:
+    """Loss against epoch: LoRA as in Figure 1, memory experts as in Figure 5, the paper's points beside each."""
+    panels = {"Figure 1": ("LoRA", ["lora"]), "Figure 5": ("memory experts", ["mome_down_proj", "mome_o_proj"])}
+    figure, axes = plotting.plt.subplots(1, 2, figsize=(12, 5.5), layout="constrained")
+    for axis, (title, (label, methods)) in zip(axes, panels.items(), strict=True):
+        for answers, colour in plotting.ANSWER_COLOURS.items():
+            for method, style in zip(methods, ("-", "--"), strict=False):
+                losses = results["runs"][f"{method}/{answers}"]["loss"]
+                name = method.removeprefix("mome_") if len(methods) > 1 else label
+                axis.plot(range(1, len(losses) + 1), losses, style, color=colour, label=f"{name}, {answers} answers")
+            epochs, points = zip(*PAPER[title][answers].items(), strict=True)
+            marker = {"true": "o", "random": "^"}[answers]
+            axis.plot(epochs, points, marker, color=colour, mfc="none", label=f"paper, {answers} answers")
+        axis.set(title=f"{title}: {label}", xlabel="epoch", ylabel="loss (nats per answer token)", yscale="log")
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize="small", loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=len(methods) + 1)
+    facts, memory = results["facts"], results["memory"]
+    figure.suptitle(
+        f"{facts['count']} facts memorized, {memory['top_k']} of {memory['num_experts']:,} experts each "
+        "(the paper's points: Llama 3 8B)"
+    )
+    plotting.save(figure, path, dpi=120)
+
+
+def main(arguments: study.Arguments) -> None:
+    config = arguments.config
+    setting = random_answer_runs.prepare(config, arguments.workdir)
+    selected = routers.select_facts(setting.model, setting.router, setting.questions, config.memory.top_k)
+    questions = questions_asked(config, setting.model)
     results = {
-        "backbone": accuracies(base, recall.bare, questions),
+        "backbone": accuracies(setting.model, BARE, questions),
         "memory": {
             "num_experts": config.memory.num_experts,
-            "selected": config.memory.selected,
-            "floats_per_expert": {
-                target: bank.row_shape(config.backbone, dataclasses.replace(config.memory, target=target)).floats
-                for target in six_runs.METHODS.values()
-                if target
-            },
-            **router.spread(selection_FK, config.memory.num_experts),
+            "top_k": config.memory.top_k,
+            **selection_stats(selected.expert_ids_FK, config.memory.num_experts),
         },
-        "facts": {"count": data.count, "dataset": data.facts},
+        "facts": {"count": config.data.count, "dataset": config.data.facts},
         "runs": {},
     }
-    for name in six_runs.RUNS:
-        saved = directory / name.replace("/", "_") / "result.json"
-        results["runs"][name] = study.kept(saved, lambda name=name: one_run(setting, name, questions))
-    results["claims"] = claims(results)
-    results["certificates"] = study.added(run["certificates"] for run in results["runs"].values())
-    results["seconds"] = round(sum(run["seconds"] for run in results["runs"].values()), 1)
-    study.finish(directory, results, table(results), figures.randomization)
+    for name in random_answer_runs.RUNS:
+        path = setting.directory / name.replace("/", "_") / "result.json"
+        results["runs"][name] = study.cached(path, measure, setting, name, questions)
+    results |= study.totals(results["runs"].values())
+    study.finish(setting.directory, results, table, claims, draw)
 
 
 if __name__ == "__main__":
-    command.run(main)
+    study.start(main)

@@ -27,28 +27,28 @@ none of 3,000; TF-IDF of letters 0, 0 and 2 questions. A threshold on the share 
 import dataclasses
 import itertools
 import statistics
-import time
+import timeit
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 from absl import flags
 
-from experiments.parts import figures, retrieval, study
-from experiments.parts.claims import claim
-from experiments.parts.retrieval import Reply
-from lamini_jax import bank, command, lora, model, processes, recall, router, runs, sharding
+from experiments import retrieval_comparison_systems as retrieval
+from experiments.retrieval_comparison_systems import Reply, System
+from experiments.shared import flops, plotting, study
+from experiments.shared.claims import Claim
+from lamini_jax import Fact
+from lamini_jax.backbone import answering
+from lamini_jax.backbone.answering import AdapterFn, Answer
+from lamini_jax.backbone.frozen_model import FrozenModel
 from lamini_jax.config import Config, DataConfig
-from lamini_jax.data import builders
-from lamini_jax.data import facts as facts_lib
-from lamini_jax.data.facts import Fact
-
-_CONFIG = command.define_config()
-_WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the comparison.", required=True)
-_FACTS = flags.DEFINE_integer("facts", 1000, "Entries of the phone book.", lower_bound=4)
-_LORA_EPOCHS = flags.DEFINE_integer("lora_epochs", 30, "Epochs of LoRA, which has no other end.", lower_bound=1)
+from lamini_jax.data.datasets import phone_book
+from lamini_jax.memory import experts, routers
+from lamini_jax.memory.routers import experts as expert_router
+from lamini_jax.runtime import cli, processes
+from lamini_jax.training import run
 
 SETS = ("verbatim", "typos", "rephrased", "unknown")
 RETRIEVAL = ("b_tree", "tfidf_words", "tfidf_letters", "bm25", "vector")
@@ -92,7 +92,7 @@ def questions(facts: Sequence[Fact], seed: int) -> tuple[Asked, Asked]:
     """What the systems are asked in the test and in the calibration."""
     count, calibrating = len(facts), min(CALIBRATION, len(facts))
     stored = {fact.question for fact in facts}
-    strangers = [text for text, _ in itertools.islice(builders.phone_entries(3 * count, seed), count, None)]
+    strangers = [text for text, _ in itertools.islice(phone_book.pairs(seed), count, 3 * count)]
 
     def asked(facts, stream, templates, unknown):
         rng = np.random.default_rng((seed, stream))
@@ -128,79 +128,72 @@ def threshold(replies: Sequence[Reply], answers: Sequence[str | None]) -> float:
 
 
 def judge(replies: Sequence[Reply], answers: Sequence[str | None], least: float | None) -> dict[str, Any]:
-    """How many answers are exact, wrong and not given, with the 95% interval of the wrong ones' share."""
+    """How many answers are exact, wrong and not given."""
     texts = [reply.text if least is None or reply.score >= least else None for reply in replies]
     none = sum(not text for text in texts)
     exact = sum(bool(text) and text == answer for text, answer in zip(texts, answers, strict=True))
-    wrong = len(texts) - none - exact
-    return {
-        "questions": len(texts),
-        "exact": exact,
-        "wrong": wrong,
-        "none": none,
-        "wrong_interval": recall.wilson(wrong, len(texts)),
-    }
+    return {"questions": len(texts), "exact": exact, "wrong": len(texts) - none - exact, "none": none}
 
 
 def model_system(
-    base: model.Base, adapt: recall.Adapt, facts: Sequence[Fact], size: int, trained_ids: np.ndarray | None = None
-) -> retrieval.System:
+    model: FrozenModel, adapter_fn: AdapterFn, facts: Sequence[Fact], size: int, trained_ids: np.ndarray | None = None
+) -> System:
     """Greedy decoding; answers are cut off one token after the longest of the book. `trained_ids`: facts' experts."""
-    longest = 1 + max(len(base.tokenizer.completion(fact.answer)) for fact in facts)
+    longest = 1 + max(len(model.tokenizer.completion(fact.answer)) for fact in facts)
 
-    def reply(said: recall.Answer) -> Reply:
+    def reply(said: Answer) -> Reply:
         known = None if trained_ids is None else float(np.isin(said.expert_ids, trained_ids).mean())
         return Reply(said.text, said.probability, known)
 
     def answer(texts):
-        said = dict(recall.ask(base, adapt, texts, longest))
+        said = dict(answering.ask(model, adapter_fn, texts, longest))
         return [reply(said[i]) for i in range(len(texts))]
 
-    return retrieval.System(answer, size)
+    return System(answer, size)
 
 
-def latency(system: retrieval.System, texts: Sequence[str]) -> float:
+def latency(system: System, texts: Sequence[str]) -> float:
     """The median of seconds per question, one at a time."""
     system.answer(texts[:1])
-    seconds = []
-    for text in texts:
-        started = time.perf_counter()
-        system.answer([text])
-        seconds.append(time.perf_counter() - started)
-    return statistics.median(seconds)
+    return statistics.median(timeit.timeit(lambda text=text: system.answer([text]), number=1) for text in texts)
 
 
-def contenders(config: Config, base: model.Base, routing: router.Router, facts, directory: Path, lora_epochs: int):
+def contenders(
+    config: Config, model: FrozenModel, router: routers.Router, facts: list[Fact], directory: Path, lora_epochs: int
+) -> dict[str, Callable[[], tuple[System, dict]]]:
     """name -> what makes the system ready and returns it with what there is to say of its training."""
+
+    def training(tuned: run.Tuned) -> dict:
+        rest = {"certified_F": tuned.certified_F.tolist(), "tuning_seconds": sum(tuned.progress.seconds)}
+        return {"epochs": tuned.progress.epoch, **rest}
 
     def tuned_lora():
         budget = dataclasses.replace(config, tuning=dataclasses.replace(config.tuning, epochs=lora_epochs))
-        tuned = runs.tune_lora(budget, base, facts, directory / "lora", "LoRA")
-        adapters = jax.eval_shape(lambda: lora.init(base.decoder, config.lora.rank, jax.random.key(0)))
-        size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(adapters))
-        return model_system(base, tuned.adapt, facts, size), training(tuned)
+        tuned = run.lora_run(budget, model, facts, directory / "lora", "LoRA").result()
+        size = 4 * flops.trained_parameters(config, "lora")  # bytes of float32
+        return model_system(tuned.model, tuned.adapter_fn, facts, size), training(tuned)
 
     def tuned_memory():
-        tuned = runs.tune_memory(config, base, lambda: routing, facts, directory / "mome", "memory experts", True)
+        title = "memory experts"
+        tuned = run.memory_run(config, model, facts, directory / "mome", title, router, until_all_hold=True).result()
         used = np.unique(tuned.expert_ids_FK)
-        row = bank.row_shape(config.backbone, config.memory).floats * np.dtype(config.memory.dtype).itemsize
-        facts_of = training(tuned) | {"experts_used": used.size}
-        return model_system(base, tuned.adapt, facts, used.size * row, used), facts_of
+        floats = experts.expert_shape(config.backbone, config.memory).floats
+        size = used.size * floats * np.dtype(config.memory.dtype).itemsize
+        system = model_system(tuned.model, tuned.adapter_fn, facts, size, used)
+        return system, training(tuned) | {"experts_used": used.size}
 
-    def training(tuned):
-        log = tuned.log
-        return {"epochs": log.epoch, "certified_F": tuned.certified_F.tolist(), "tuning_seconds": sum(log.seconds)}
+    def embed(texts):
+        return expert_router.queries(model, router, texts)
 
-    ready: dict[str, Callable[[], tuple[retrieval.System, dict]]] = {
+    return {
         "b_tree": lambda: (retrieval.b_tree(facts), {}),
         "tfidf_words": lambda: (retrieval.tfidf(facts, "word"), {}),
         "tfidf_letters": lambda: (retrieval.tfidf(facts, "char_wb"), {}),
         "bm25": lambda: (retrieval.bm25(facts), {}),
-        "vector": lambda: (retrieval.vector(facts, lambda texts: model.queries(base, routing, texts)), {}),
+        "vector": lambda: (retrieval.vector(facts, embed), {}),
         "lora": tuned_lora,
         "mome": tuned_memory,
     }
-    return ready
 
 
 def measured(make, asked: Asked, calibration: Asked, num_facts: int) -> dict:
@@ -254,34 +247,35 @@ def share(row: dict, outcome: str, kinds: Sequence[str] = SETS) -> float:
     return sum(row["sets"][kind][outcome] for kind in kinds) / sum(row["sets"][kind]["questions"] for kind in kinds)
 
 
-def claims(systems: dict[str, dict]) -> list[dict[str, str]]:
+def claims(results: dict) -> list[Claim]:
     """What the paper says, what came out, and whether that bears it out."""
+    systems = results["systems"]
     verbatim, asked_otherwise, knowing = systems["mome"]["sets"]["verbatim"], SETS[1:], systems[f"mome{KNOWN}"]
     wrong = {name: share(system, "wrong") for name, system in systems.items()}
     invented = {name: share(system, "wrong", asked_otherwise) for name, system in systems.items()}
-    better = [0 < wrong[name] < wrong["lora"] for name in RETRIEVAL]
+    better = {name: 0 < wrong[name] < wrong["lora"] for name in RETRIEVAL}
     percents = ", ".join(f"{name} {100 * wrong[name]:.1f}%" for name in ("lora", *RETRIEVAL, f"lora{REFUSING}"))
     others = [invented[name] for name in RETRIEVAL]
     return [
-        # In part if 99 of a hundred are right.
-        claim(
+        Claim(
             "Memory experts return the facts that they were tuned on and hallucinate none of them (section 7)",
-            f"of {verbatim['questions']} questions as they were stored, {verbatim['exact']} are answered exactly, "
+            f"Of {verbatim['questions']} questions as they were stored, {verbatim['exact']} are answered exactly, "
             f"{verbatim['wrong']} wrongly and {verbatim['none']} not at all",
-            verbatim["exact"] == verbatim["questions"],
-            verbatim["exact"] >= 0.99 * verbatim["questions"],
+            {
+                "all are answered exactly": verbatim["exact"] == verbatim["questions"],
+                "99 of a hundred are": verbatim["exact"] >= 0.99 * verbatim["questions"],
+            },
         ),
-        # Of a retrieval system it holds that gives fewer wrong answers than the model without retrieval, and some.
-        claim(
+        Claim(
             "Information retrieval mitigates hallucination and does not remove it (sections 4 and 10)",
-            f"wrong answers over all four kinds of questions: {percents}; {sum(better)} of {len(better)} retrieval "
-            "systems give some and fewer than LoRA",
-            *better,
+            f"Wrong answers over all four kinds of questions: {percents}; {sum(better.values())} of {len(better)} "
+            "retrieval systems give some and fewer than LoRA",
+            {f"{name} gives some wrong answers, and fewer than LoRA": holds for name, holds in better.items()},
         ),
-        # In part if memory experts give fewer wrong answers than any retrieval system. Refusing is not the paper's.
-        claim(
+        # Refusing is not the paper's.
+        Claim(
             "Memory experts remove hallucination where information retrieval does not (sections 4, 7 and 10)",
-            f"asked with typos, in other words or about unknown names, memory experts answer "
+            f"Asked with typos, in other words or about unknown names, memory experts answer "
             f"{100 * invented['mome']:.1f}% wrongly ({100 * share(systems['mome'], 'wrong', ['unknown']):.1f}% of the "
             f"unknown names), or {100 * invented[f'mome{REFUSING}']:.1f}% where an unlikely answer is refused. Where "
             "questions are refused that select experts which no fact has trained, it is "
@@ -289,8 +283,10 @@ def claims(systems: dict[str, dict]) -> list[dict[str, str]]:
             "verbatim questions answered exactly and "
             f"{100 * share(knowing, 'exact', ['typos', 'rephrased']):.1f}% of typos and other words. Retrieval systems "
             f"answer {100 * min(others):.1f}% to {100 * max(others):.1f}% wrongly",
-            invented["mome"] == 0,
-            invented["mome"] < min(others),
+            {
+                "memory experts give no wrong answers": invented["mome"] == 0,
+                "they give fewer than any retrieval system": invented["mome"] < min(others),
+            },
         ),
     ]
 
@@ -314,38 +310,66 @@ def table(results: dict) -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
-    command.require("report", *retrieval.MODULES)
-    config = model.configure(_CONFIG.value)
-    config = dataclasses.replace(config, data=DataConfig("phone_book", _FACTS.value))
-    sharding.use(config.mesh)
-    facts = facts_lib.load(config.data.facts, "true", config.data.count, config.seed, config.data.dir)
-    base = model.load_base(config)
-    identity = {"lora_epochs": _LORA_EPOCHS.value, "facts": runs.fingerprint(facts), "backbone": base.fingerprint}
-    directory = study.directory_of(_WORKDIR.value, config, **identity)
-    print(f"{len(facts)} facts; training the router ...", flush=True)
-    routing = model.make_router(config, base, [fact.question for fact in facts])
+def draw(results: dict, path: Path) -> None:
+    """What becomes of the questions of each kind, system by system; then time per question and bytes per fact."""
+    systems = results["systems"]
+    names, kinds = list(systems), list(results["examples"])
+    places = range(len(names))
+    figure, axes = plotting.plt.subplots(2, 3, figsize=(15, 8.5), sharey=True, layout="constrained")
+    for axis, kind in zip(axes[:, :2].flat, kinds, strict=True):
+        left = [0.0] * len(names)
+        for outcome, colour in (("exact", "tab:green"), ("none", "lightgrey"), ("wrong", "tab:red")):
+            counts = [systems[name]["sets"][kind] for name in names]
+            shares = [100 * count[outcome] / count["questions"] for count in counts]
+            label = {"none": "no answer"}.get(outcome, outcome)
+            axis.barh(places, shares, left=left, color=colour, label=label)
+            left = [start + width for start, width in zip(left, shares, strict=True)]
+        axis.set(title=f"{kind}: {results['examples'][kind]}", xlabel="% of questions", xlim=(0, 100))
+        axis.title.set_fontsize("medium")
+    for axis, key, factor, title in (
+        (axes[0][2], "latency_seconds", 1e3, "milliseconds per question"),
+        (axes[1][2], "bytes_per_fact", 1, "bytes per fact"),
+    ):
+        bars = axis.barh(places, [factor * systems[name][key] for name in names], color="tab:blue")
+        axis.bar_label(bars, fmt=lambda value: f"{value:,.3g}" if value < 100 else f"{value:,.0f}", padding=3)
+        axis.set(title=title, xscale="log")
+        axis.margins(x=0.25)
+    axes[0][0].set_yticks(places, names)
+    axes[0][0].invert_yaxis()
+    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    figure.suptitle(f"{results['facts']} entries of a phone book, stored and tuned")
+    plotting.save(figure, path)
+
+
+def define_flags() -> None:
+    flags.DEFINE_integer("facts", 1000, "Entries of the phone book.", lower_bound=4)
+    flags.DEFINE_integer("lora_epochs", 30, "Epochs of LoRA, which has no other end.", lower_bound=1)
+
+
+def main(arguments: study.Arguments) -> None:
+    cli.require("report", *retrieval.MODULES)
+    count, lora_epochs = arguments.flags.facts, arguments.flags.lora_epochs
+    config = dataclasses.replace(arguments.config, data=DataConfig("phone_book", count))
+    model, facts = study.load(config, "true")
+    directory = study.open_study(arguments.workdir, config, model, facts, lora_epochs=lora_epochs)
+    processes.print_once(f"{len(facts)} facts; training the router ...")
+    router = routers.train(config, model, [fact.question for fact in facts])
     asked, calibration = questions(facts, config.seed)
-    found = {}
-    makers = contenders(config, base, routing, facts, directory, _LORA_EPOCHS.value)
-    with processes.bar(makers.items(), unit="system") as bar:
+    replies = {}
+    makers = contenders(config, model, router, facts, directory, lora_epochs)
+    with processes.progress_bar(makers.items(), unit="system") as bar:
         for name, make in bar:
             bar.set_postfix_str(name)
-            found[name] = study.kept(
-                directory / f"replies_{name}.json", lambda make=make: measured(make, asked, calibration, len(facts))
-            )
-    systems = rows(found, asked, calibration)
+            path = directory / f"replies_{name}.json"
+            replies[name] = study.cached(path, measured, make, asked, calibration, len(facts))
     results = {
         "facts": len(facts),
-        "calibration": {kind: len(pairs) for kind, pairs in calibration.items()},
         "examples": {kind: asked[kind][0][0] for kind in SETS},
-        "systems": systems,
-        "claims": claims(systems),
-        "certificates": study.added(found[name]["certificates"] for name in MODELS),
-        "seconds": round(sum(one["seconds"] for one in found.values()), 1),
+        "systems": rows(replies, asked, calibration),
+        **study.totals(replies.values()),
     }
-    study.finish(directory, results, table(results), figures.retrieval_comparison)
+    study.finish(directory, results, table, claims, draw)
 
 
 if __name__ == "__main__":
-    command.run(main)
+    study.start(main, define_flags)

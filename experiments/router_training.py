@@ -25,21 +25,22 @@ used), 25 with `whitened` (3,869), 28 with `trained` (1,022) and 23 with `ours` 
 import dataclasses
 import functools
 import itertools
+from collections.abc import Sequence
+from pathlib import Path
 
-import jax
 import numpy as np
-from absl import flags
 
-from experiments.parts import figures, study
-from experiments.parts.claims import claim
-from lamini_jax import bank, command, model, processes, recall, router, row_optimizer, runs, sharding, tuning
-from lamini_jax.config import Config
-from lamini_jax.data import batches
-from lamini_jax.data import facts as facts_lib
-
-_CONFIG = command.define_config()
-command.define_processes()
-_WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the study.", required=True)
+from experiments.shared import plotting, study
+from experiments.shared.claims import Claim
+from lamini_jax import Fact
+from lamini_jax.backbone.frozen_model import FrozenModel
+from lamini_jax.config import Config, certified_loss
+from lamini_jax.evaluation import recall
+from lamini_jax.memory import routers
+from lamini_jax.memory.routers import FactSelection
+from lamini_jax.memory.routers import experts as expert_router
+from lamini_jax.runtime import processes, sharding
+from lamini_jax.training import MemoryMethod, loop
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,19 +63,21 @@ ROUTERS = {
 FASTER = 0.9
 
 
-def selections(config: Config, base: model.Base, training: Training, features_QD, questions) -> tuple:
-    """The routers of all epochs of tuning, and expert_ids_EFK.
+def selections(
+    config: Config, model: FrozenModel, training: Training, features_QD: np.ndarray, questions: list[str]
+) -> list[FactSelection]:
+    """What facts select in each epoch of tuning, or once if the router is frozen.
 
-    They are known before tuning begins, because the router is trained on questions alone.
+    It is known before tuning begins, because the router is trained on questions alone.
     """
     epochs = 1 if training.frozen else config.tuning.epochs
-    projections = router.projections(config, features_QD, training.whiten)
+    projections = expert_router.projections(config, features_QD, training.whiten)
     chosen = list(itertools.islice(projections, training.epochs, training.epochs + epochs))
-    first = router.make(config, *chosen[0])
-    routers = [first.replace(mean_D=sharding.put(mean), transform_DC=sharding.put(t)) for mean, t in chosen]
-    progress = processes.bar(routers, desc="selecting", unit="epoch", delay=1)
-    ids = [model.select_all(base, routing, questions, config.memory.selected) for routing in progress]
-    return routers, np.stack(ids)
+    first = expert_router.make(config, *chosen[0])
+    # All of them have the same keys, which are large.
+    made = [first.replace(mean_D=sharding.put(mean_D), transform_DC=sharding.put(t_DC)) for mean_D, t_DC in chosen]
+    progress = processes.progress_bar(made, desc="selecting", unit="epoch", delay=1)
+    return [routers.select_facts(model, router, questions, config.memory.top_k) for router in progress]
 
 
 def changed(expert_ids_EFK: np.ndarray) -> float:
@@ -85,54 +88,36 @@ def changed(expert_ids_EFK: np.ndarray) -> float:
     return float((sets_EFK[1:] != sets_EFK[:-1]).any(axis=-1).mean())
 
 
-def memorize(config: Config, base: model.Base, facts, routers, expert_ids_EFK: np.ndarray, title: str) -> dict:
+def memorize(
+    config: Config, model: FrozenModel, facts: Sequence[Fact], selected: Sequence[FactSelection], title: str
+) -> dict:
     """Tunes with the selection of each epoch, the last of which serves for all that follow; what came of it."""
-    memory, threshold = config.memory, tuning.certified_loss(config.backbone.dtype)
-    expert_ids_S, slots_EFK = row_optimizer.slots_of(expert_ids_EFK, memory.num_experts)
-    slots_XK = slots_EFK.reshape(-1, memory.selected)
-    touched = row_optimizer.most_touched(slots_XK, expert_ids_S.size, config.tuning.batch_size)
-    shape = bank.row_shape(base.decoder.config, memory)
-    tx = row_optimizer.make(config.tuning.optimizer, config.tuning.learning_rate)
-    method = tuning.memory_method(base.decoder, shape, memory.target, tx, touched)
-    rows_NR = bank.init(np.uint32(config.seed), shape, memory.num_experts, memory.dtype)
-    state = tuning.MemoryState(rows_NR, row_optimizer.init(tx, expert_ids_S, shape))
-    del rows_NR  # the step takes its memory over
-    examples = batches.encode(facts, base.tokenizer)
-    prepared = tuning.Facts(examples, tuning.memory_buckets(base, examples, expert_ids_EFK[0], slots_EFK[0]))
-    log, certified = tuning.new_log(len(facts)), []
-
-    def now():
-        return min(log.epoch, len(routers) - 1)
-
-    def recalled_F(state):
-        rows_NR = state.rows_NR
-        adapt = recall.with_memory(base, routers[now()], lambda ids_BK: gather(rows_NR, ids_BK), memory)
-        return runs.recalled(base, adapt, facts)[0]
-
-    def after_epoch(state, log):
-        if len(routers) > 1:
-            prepared.buckets[:] = tuning.reselected(prepared.buckets, examples, expert_ids_EFK[now()], slots_EFK[now()])
-        held_F = log.worst_F < threshold
-        tuning.check(method, base.params, state, prepared, log, config.tuning.batch_size)
-        log.lost += int((held_F & (log.worst_F >= threshold)).sum())
-        certified.append(float((log.worst_F < threshold).mean()))
-        bar.set_postfix_str(f"loss {log.loss[-1]:.4f}, {certified[-1]:.1%} certified", refresh=False)
-        bar.update()
-
-    gather = jax.jit(bank.gather)
-    with processes.bar(total=config.tuning.epochs, desc=title, unit="epoch") as bar:
-        hooks = {"recalled": recalled_F, "after_epoch": after_epoch}
-        state = tuning.tune(method, base.params, state, prepared, log, config, until_all_hold=True, **hooks)
-    exact_F = recalled_F(state)
+    threshold, certified = certified_loss(config.backbone.dtype), []
+    method = MemoryMethod.create(config, model, facts, selected[0], later=selected[1:])
+    bar = processes.progress_bar(total=config.tuning.epochs, desc=title, unit="epoch")
+    epochs = loop.epochs(method, method.init(), loop.new_progress(len(facts)), until_all_hold=True)
+    with bar:
+        for state, progress in epochs:
+            if progress.batches == 0 and progress.epoch > len(certified):
+                method.select(selected[min(progress.epoch, len(selected) - 1)])
+                loop.check(method, state, progress)
+                certified.append(float((progress.worst_F < threshold).mean()))
+                bar.set_postfix_str(f"loss {progress.loss[-1]:.4f}, {certified[-1]:.1%} certified", refresh=False)
+                bar.update()
+    exact_F, _ = recall.recalled(*method.adapter(state), facts)
+    expert_ids_EFK = np.stack([selection.expert_ids_FK for selection in selected[: progress.epoch]])
+    last, questions = method.selection, [fact.question for fact in facts]
+    again = routers.select_facts(model, last.router, questions, config.memory.top_k)
     return {
         "recall": float(exact_F.mean()),
-        "certificates": study.certificates(log.worst_F < threshold, exact_F),
+        "certificates": study.certificates(progress.worst_F < threshold, exact_F),
         "certified": certified,
-        "loss": log.loss,
-        "epochs": log.epoch,
-        "lost": log.lost,
-        "experts_touched": int(np.unique(expert_ids_EFK[: log.epoch]).size),
-        "changed": changed(expert_ids_EFK[: log.epoch]),
+        "loss": progress.loss,
+        "epochs": progress.epoch,
+        "lost": progress.lost,
+        "changed": changed(expert_ids_EFK),
+        "changed_since": changed(np.stack([last.expert_ids_FK, again.expert_ids_FK])),
+        **expert_router.selection_stats(last.expert_ids_FK, config.memory.num_experts),
     }
 
 
@@ -143,49 +128,51 @@ def better(one: dict, other: dict) -> bool:
     return one["epochs"] <= FASTER * other["epochs"]
 
 
-def claims(found: dict[str, dict]) -> list[dict[str, str]]:
+def claims(results: dict) -> list[Claim]:
     """What the paper claims beside what was measured."""
+    measured = results["routers"]
 
     def told(*names):
         return ", ".join(
-            f"{name} {100 * found[name]['recall']:.1f}% after {found[name]['epochs']} epochs with "
-            f"{found[name]['experts_used']:,} experts"
+            f"{name} {100 * measured[name]['recall']:.1f}% after {measured[name]['epochs']} epochs with "
+            f"{measured[name]['experts_used']:,} experts"
             for name in names
         )
 
     frozen = [name for name, training in ROUTERS.items() if training.frozen]
-    fixed = [found[name]["changed"] == found[name]["changed_since"] == 0 for name in frozen]
-    moved, froze = found["never"]["changed"], better(found["ours"], found["never"])
-    trains = [better(found["trained"], found["raw"]), better(found["ours"], found["whitened"])]
+    fixed = [measured[name]["changed"] == measured[name]["changed_since"] == 0 for name in frozen]
+    moved = measured["never"]["changed"]
     return [
-        claim(
+        Claim(
             "Trained for one epoch and then frozen, the router selects the same experts for a fact at every step "
             "(section 7.1)",
             f"{sum(fixed)} of {len(fixed)} frozen routers select after tuning what they selected before; never frozen, "
             f"{moved:.1%} of facts selected others from one epoch to the next",
-            all(fixed),
-            moved > 0,
+            {"every frozen router does": all(fixed), "one that is never frozen does not": moved > 0},
         ),
-        claim(
+        Claim(
             "Freezing the router lets facts be memorized in fewer steps (section 7.1)",
-            f"recall {told('ours', 'never')}; {found['ours']['lost']} and {found['never']['lost']} times a certified "
-            "fact was lost",
-            froze,
+            f"Recall {told('ours', 'never')}; {measured['ours']['lost']} and {measured['never']['lost']} times a "
+            "certified fact was lost",
+            {"frozen is better than never frozen": better(measured["ours"], measured["never"])},
         ),
-        claim(
+        Claim(
             "Training the router for one epoch before it is frozen helps (section 7.1)",
-            f"recall without whitening: {told('raw', 'trained')}; with it: {told('whitened', 'ours')}",
-            *trains,
+            f"Recall without whitening: {told('raw', 'trained')}; with it: {told('whitened', 'ours')}",
+            {
+                "trained is better than raw": better(measured["trained"], measured["raw"]),
+                "ours, trained, is better than whitened": better(measured["ours"], measured["whitened"]),
+            },
         ),
     ]
 
 
-def table(found: dict[str, dict]) -> str:
+def table(results: dict) -> str:
     """The results as text."""
     lines = [
         f"{'router':<10}{'used':>8}{'overlap':>9}{'nearest':>9}{'changed':>9}{'recall':>8}{'epochs':>8}{'lost':>7}"
     ]
-    for name, r in found.items():
+    for name, r in results["routers"].items():
         lines.append(
             f"{name:<10}{r['experts_used']:>8}{r['mean_overlap']:>9.4f}{r['nearest_overlap']:>9.4f}"
             f"{100 * r['changed']:>8.1f}%{100 * r['recall']:>7.1f}%{r['epochs']:>8}{r['lost']:>7}"
@@ -193,39 +180,58 @@ def table(found: dict[str, dict]) -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
-    config = model.configure(_CONFIG.value)
-    command.start(config.mesh)
-    data = config.data
-    facts = facts_lib.load(data.facts, "random", data.count, config.seed, data.dir)
+def draw(results: dict, path: Path) -> None:
+    """Certified facts and loss against epoch, and how the selections spread."""
+    measured, memory = results["routers"], results["memory"]
+    figure, axes = plotting.plt.subplots(1, 3, figsize=(17, 5.5), layout="constrained")
+    for name, run in measured.items():
+        epochs = range(1, run["epochs"] + 1)
+        axes[0].plot(epochs, [100 * share for share in run["certified"]], label=name)
+        axes[1].plot(epochs, run["loss"], label=name)
+    axes[0].set(title="Facts certified, with the experts that they select then", xlabel="epoch", ylabel="%")
+    axes[1].set(title="Loss", xlabel="epoch", ylabel="nats per answer token", yscale="log")
+    places = range(len(measured))
+    axes[2].bar(places, [run["experts_used"] for run in measured.values()], color="lightgrey", label="experts used")
+    axes[2].axhline(results["facts"]["count"] * memory["top_k"], color="grey", ls=":", label="if no two facts share")
+    axes[2].set(title="Selection", ylabel="experts used", xticks=list(places), xticklabels=list(measured), yscale="log")
+    overlap = axes[2].twinx()
+    overlap.plot(places, [run["nearest_overlap"] for run in measured.values()], "ro", label="overlap with the nearest")
+    overlap.set(ylim=(0, 1.05), ylabel="share of experts in common")
+    for axis in axes:
+        axis.grid(alpha=0.3)
+    axes[0].legend(fontsize="small")
+    bars, points = axes[2].get_legend_handles_labels(), overlap.get_legend_handles_labels()
+    axes[2].legend(bars[0] + points[0], bars[1] + points[1], fontsize="small", loc="center right")
+    figure.suptitle(
+        f"{results['facts']['count']} facts with random answers, "
+        f"{memory['top_k']} of {memory['num_experts']:,} experts each"
+    )
+    plotting.save(figure, path, dpi=120)
+
+
+def main(arguments: study.Arguments) -> None:
+    config = arguments.config
+    model, facts = study.load(config, "random")
     questions = [fact.question for fact in facts]
-    base = model.load_base(config)
-    identity = {"facts": runs.fingerprint(facts), "backbone": base.fingerprint}
-    directory = study.directory_of(_WORKDIR.value, config, **identity)
-    features = functools.cache(lambda: model.calibration_features(config, base, questions))
-    found = {}
+    directory = study.open_study(arguments.workdir, config, model, facts)
+    features_QD = functools.cache(lambda: expert_router.calibration_features(config, model, questions))
+    measured = {}
     for number, (name, training) in enumerate(ROUTERS.items(), 1):
         title = f"router {number} of {len(ROUTERS)}, {name}"
 
-        def measured(training=training, title=title):
-            routers, expert_ids_EFK = selections(config, base, training, features(), questions)
-            result = memorize(config, base, facts, routers, expert_ids_EFK, title)
-            last = min(result["epochs"], len(expert_ids_EFK) - 1)
-            again_FK = model.select_all(base, routers[last], questions, config.memory.selected)
-            result["changed_since"] = changed(np.stack([expert_ids_EFK[last], again_FK]))
-            return result | router.spread(expert_ids_EFK[last], config.memory.num_experts)
+        def tune(training=training, title=title):
+            selected = selections(config, model, training, features_QD(), questions)
+            return memorize(config, model, facts, selected, title)
 
-        found[name] = study.kept(directory / f"{name}.json", measured)
+        measured[name] = study.cached(directory / f"{name}.json", tune)
     results = {
-        "routers": found,
-        "facts": {"count": data.count, "dataset": data.facts},
+        "routers": measured,
+        "facts": {"count": len(facts), "dataset": config.data.facts},
         "memory": dataclasses.asdict(config.memory),
-        "claims": claims(found),
-        "certificates": study.added(run["certificates"] for run in found.values()),
-        "seconds": round(sum(result["seconds"] for result in found.values()), 1),
+        **study.totals(measured.values()),
     }
-    study.finish(directory, results, table(found), figures.router_training)
+    study.finish(directory, results, table, claims, draw)
 
 
 if __name__ == "__main__":
-    command.run(main)
+    study.start(main)

@@ -1,7 +1,7 @@
 """Routing throughput: how many questions per second find their K experts among N keys, and what is left for answering.
 
     python -m experiments.routing_throughput --workdir=runs/routing_throughput
-        [--num_experts=65536,1048576] [--batches=1,64,1024] [--lookups=exact,product,approximate] [--key_width=128]
+        [--num_experts=65536,1048576] [--batches=1,64,1024] [--lookups=exact,product,approximate] [--key_dim=128]
 
 Every contender for one N and one batch takes its turns in one run, so that a noisy machine slows them all. `ceiling` is
 the share of what this machine allows: for flat keys, of the same matrix product followed by a maximum; for product keys
@@ -15,32 +15,98 @@ import dataclasses
 import functools
 import importlib.util
 import math
+import re
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import flags
+from matplotlib.figure import Figure
 
-from experiments.parts import answering, figures, peers
-from lamini_jax import bank, command, lookup, processes, sharding
-from lamini_jax.config import Config, MeshConfig
+from experiments import routing_throughput_serving as serving
+from experiments.routing_throughput_peers import PEERS, Search
+from lamini_jax.config import Config, MemoryConfig, MeshConfig
 from lamini_jax.errors import UserError
+from lamini_jax.index import LOOKUPS
+from lamini_jax.memory import experts
+from lamini_jax.runtime import cli, processes, sharding, workdir
 
-_WORKDIR = flags.DEFINE_string("workdir", None, "Where results.json and figures.png go.", required=True)
-_NUM_EXPERTS = flags.DEFINE_list("num_experts", ["65536", "1048576"], "Numbers of experts.")
-_BATCHES = flags.DEFINE_list("batches", ["1", "64", "1024"], "Numbers of questions looked up at once.")
-_LOOKUPS = flags.DEFINE_list("lookups", list(lookup.NAMES), "Which lookups.")
-_ANSWERING = flags.DEFINE_list("answering", ["16384", "131072", "1048576"], "Numbers of experts to answer with.")
-_KEY_WIDTH = flags.DEFINE_integer("key_width", 128, "Floats of a key.", lower_bound=1)
-_KEY_DTYPE = flags.DEFINE_enum("key_dtype", "float32", ["float32", "bfloat16"], "Of keys and queries.")
-_SECONDS = flags.DEFINE_float("seconds", 1.5, "That each contender is timed for, on average.", lower_bound=0)
-_SELECTED = flags.DEFINE_integer("selected", 32, "Experts to find per question.", lower_bound=1)
-
-BANK_BYTES = 2**30  # at most; more of them than any cache holds cost the same
+EXPERTS_BYTES = 2**30  # at most; more of them than any cache holds cost the same
 CHECKED_SCORES = 2**26  # as many are sorted by the reference
+
+
+def define_flags() -> None:
+    """The flags of this command."""
+    cli.define_processes()
+    flags.DEFINE_string("workdir", None, "Where results.json and figures.png go.", required=True)
+    flags.DEFINE_list("num_experts", ["65536", "1048576"], "Numbers of experts.")
+    flags.DEFINE_list("batches", ["1", "64", "1024"], "Numbers of questions looked up at once.")
+    flags.DEFINE_list("lookups", LOOKUPS.names(), "Which lookups.")
+    flags.DEFINE_list("answering", ["16384", "131072", "1048576"], "Numbers of experts to answer with.")
+    flags.DEFINE_integer("key_dim", 128, "Floats of a key.", lower_bound=1)
+    flags.DEFINE_enum("key_dtype", "float32", ["float32", "bfloat16"], "Of keys and queries.")
+    flags.DEFINE_float("seconds", 1.5, "That each contender is timed for, on average.", lower_bound=0)
+    flags.DEFINE_integer("top_k", 32, "Experts to find per question.", lower_bound=1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What to measure: each field is the flag of its name."""
+
+    num_experts: tuple[int, ...]
+    batches: tuple[int, ...]
+    lookups: tuple[str, ...]
+    answering: tuple[int, ...]
+    key_dim: int
+    key_dtype: str
+    seconds: float
+    top_k: int
+
+
+def read_options(values: flags.FlagValues) -> Options:
+    """The options that the flags give. Raises UserError for what cannot be looked up."""
+    given: dict[str, Any] = {field.name: values[field.name].value for field in dataclasses.fields(Options)}
+    for name in ("num_experts", "batches", "answering"):
+        given[name] = positive_integers(name, given[name])
+    options = Options(**{**given, "lookups": tuple(given["lookups"])})
+    check(options)
+    return options
+
+
+def positive_integers(name: str, texts: list[str]) -> tuple[int, ...]:
+    """The values of a list flag. Raises UserError if one is no positive integer."""
+    for text in texts:
+        if not text.strip().isdecimal() or int(text) < 1:
+            raise UserError(f"--{name}={','.join(texts)}: {text!r} is not a positive whole number")
+    return tuple(int(text) for text in texts)
+
+
+def check(options: Options) -> None:
+    """Raises UserError for what cannot be looked up."""
+    for name in options.lookups:
+        if name not in LOOKUPS.names():
+            there_are = f"there are {', '.join(LOOKUPS.names())}"
+            raise UserError(f"--lookups={','.join(options.lookups)}: no lookup {name!r}; {there_are}")
+    for num_experts in options.num_experts:
+        if options.top_k > num_experts:
+            raise UserError(f"--top_k={options.top_k}: more than --num_experts={num_experts}")
+        for name in options.lookups:
+            try:
+                LOOKUPS[name].check(num_experts, options.key_dim)
+            except UserError as error:
+                here = re.sub(
+                    r"--config\.\w+\.", "--", str(error)
+                )  # the flags here have the same names, without groups
+                raise UserError(f"{here} (or leave {name} out of --lookups)") from None
+    least = MemoryConfig().top_k
+    for num_experts in options.answering:
+        if num_experts < least:
+            raise UserError(f"--answering={num_experts}: must be at least {least}, which every question selects")
 
 
 @dataclasses.dataclass
@@ -64,20 +130,20 @@ def compiled(function, *arguments) -> Contender:
     return Contender(lambda: jax.block_until_ready(executable(*arguments)), memory)
 
 
-def take_turns(contenders: dict[str, Contender]) -> None:
-    """Runs all in turn, after one turn that does not count: until each had --seconds, but three times at least.
+def take_turns(contenders: dict[str, Contender], seconds: float) -> None:
+    """Runs all in turn, after one turn that does not count: until each had its seconds, but three times at least.
 
     Whoever is quick runs once before it is timed: what the one before left in the caches, or gave back to the system
-    while its threads still spin, is not its doing.
+    while its threads still spin, is not its doing. Several processes take the same turns, by the first one's clock.
     """
     quick = {}
     for name, contender in contenders.items():
         contender.run()
         started = time.perf_counter()
         contender.run()
-        quick[name] = time.perf_counter() - started < _SECONDS.value
+        quick[name] = processes.broadcast(time.perf_counter() - started < seconds)
     begun, turns = time.perf_counter(), 0
-    while turns < 3 or time.perf_counter() - begun < 2 * _SECONDS.value * len(contenders):
+    while turns < 3 or processes.broadcast(time.perf_counter() - begun < 2 * seconds * len(contenders)):
         for name, contender in contenders.items():
             if quick[name]:
                 contender.run()
@@ -87,126 +153,101 @@ def take_turns(contenders: dict[str, Contender]) -> None:
         turns += 1
 
 
-def integers(flag) -> list[int]:
-    """The values of a list flag. Raises UserError if one is no positive integer."""
-    for text in flag.value:
-        if not text.strip().isdecimal() or int(text) < 1:
-            raise UserError(f"--{flag.name}={','.join(flag.value)}: {text!r} is not a positive whole number")
-    return [int(text) for text in flag.value]
-
-
-def check(sizes: list[int]) -> None:
-    """Raises UserError for what cannot be looked up."""
-    for name in _LOOKUPS.value:
-        if name not in lookup.NAMES:
-            raise UserError(
-                f"--lookups={','.join(_LOOKUPS.value)}: no lookup {name!r}; there are {', '.join(lookup.NAMES)}"
-            )
-    for num_experts in sizes:
-        if _SELECTED.value > num_experts:
-            raise UserError(f"--selected={_SELECTED.value}: more than --num_experts={num_experts}")
-        if "product" in _LOOKUPS.value and math.isqrt(num_experts) ** 2 != num_experts:
-            raise UserError(
-                f"--num_experts={num_experts}: must be a square for product keys (or leave them out of --lookups)"
-            )
-    if "product" in _LOOKUPS.value and _KEY_WIDTH.value % 2:
-        raise UserError(
-            f"--key_width={_KEY_WIDTH.value}: must be even for product keys (or leave them out of --lookups)"
-        )
-
-
-def directions(seed: int, shape: tuple[int, ...], *axes: str | None):
+def directions(seed: int, shape: tuple[int, ...], dtype: str, *axes: str | None):
     """Random vectors of unit length, made where they lie."""
 
     @jax.jit
     def draw(seed):
         values = jax.random.normal(jax.random.key(seed), shape)
-        values = (values / jnp.linalg.norm(values, axis=-1, keepdims=True)).astype(_KEY_DTYPE.value)
+        values = (values / jnp.linalg.norm(values, axis=-1, keepdims=True)).astype(dtype)
         return sharding.constrain(values, *axes)
 
     return draw(np.uint32(seed))
 
 
-def make_tables(num_experts: int) -> dict:
-    """The keys of N experts: flat ones, over all devices, and half-keys on each."""
-    tables = {}
-    if {"exact", "approximate"} & set(_LOOKUPS.value):
-        shape = (sharding.padded(num_experts, "keys"), _KEY_WIDTH.value)
-        tables["exact"] = directions(0, shape, "keys", None)
-    if "product" in _LOOKUPS.value:
-        tables["product"] = directions(1, (2, math.isqrt(num_experts), _KEY_WIDTH.value // 2))
+def make_tables(num_experts: int, options: Options) -> dict[str, jax.Array]:
+    """The keys of N experts for each lookup; lookups whose keys have the same shape share them."""
+    drawn, tables = {}, {}
+    for name in options.lookups:
+        struct, axes = LOOKUPS[name].spec(num_experts, options.key_dim)
+        if struct not in drawn:
+            drawn[struct] = directions(len(drawn), struct.shape, options.key_dtype, *axes)
+        tables[name] = drawn[struct]
     return tables
 
 
-def copy_bandwidth() -> float:
+def copy_bandwidth(seconds: float) -> float:
     """Bytes per second, read and written, of a copy too large for any cache."""
     copy = compiled(lambda x: x + 1, jnp.zeros(2**27, jnp.int32))
-    take_turns({"copy": copy})
+    take_turns({"copy": copy}, seconds)
     return 2 * 2**29 / copy.median
 
 
 def matmul_max(keys_NC, query_BC):
     """The ceiling of a flat lookup: the same products, and one maximum instead of the K best."""
     # In this order of axes, in which XLA's CPU backend fuses the two; the other takes three times as long.
-    scores_NB = jnp.einsum("NC,BC->NB", keys_NC, query_BC, **lookup.FULL)
-    return scores_NB.max(axis=0)
+    full = {"precision": jax.lax.Precision.HIGHEST, "preferred_element_type": jnp.float32}
+    return jnp.einsum("NC,BC->NB", keys_NC, query_BC, **full).max(axis=0)
 
 
-def copy_from(rows_NR, at, count: int):
+def copy_from(experts_NR, at, count: int):
     """A plain copy of as many rows."""
-    return jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, at, count), rows_NR)
+    return jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, at, count), experts_NR)
 
 
-def found(ids_BK: np.ndarray, reference_BK: np.ndarray) -> tuple[float, float]:
+def share_found(ids_BK: np.ndarray, reference_BK: np.ndarray) -> tuple[float, float]:
     """The mean share of a query's experts that were found, and the share of queries with all of them."""
     shares = [np.isin(expected, ids).mean() for ids, expected in zip(ids_BK, reference_BK, strict=True)]
     return float(np.mean(shares)), float(np.mean(np.array(shares) == 1.0))
 
 
-def lookups_at(num_experts: int, batch: int, tables: dict, searches: dict[str, peers.Search], bandwidth: float):
+def lookups_at(
+    num_experts: int, batch: int, tables: dict, searches: dict[str, Search], bandwidth: float, options: Options
+) -> Iterator[dict]:
     """Rows for one N and one batch: ours, what they are measured against, and the peers, in turns."""
-    k, width = _SELECTED.value, _KEY_WIDTH.value
-    query_BC = directions(2, (batch, width))
-    names = _LOOKUPS.value
-    contenders, references = {}, {}
-    checked = max(min(batch, CHECKED_SCORES // num_experts), 1)
-    for name in names:
-        family = "product" if name == "product" else "exact"
-        find = functools.partial(lookup.find, name, k=k, num_keys=num_experts)
-        contenders[name] = compiled(find, tables[family], query_BC)
-        if family not in references:
-            reference = jax.jit(getattr(lookup, f"{family}_reference"), static_argnums=2)
-            keys = tables["product"] if family == "product" else tables["exact"][:num_experts]
-            references[family] = np.asarray(reference(keys, query_BC[:checked], k)[0])
-    if "exact" in names:
-        contenders["matmul_max"] = compiled(matmul_max, tables["exact"], query_BC)
+    k = options.top_k
+    query_BC = directions(2, (batch, options.key_dim), options.key_dtype)
+    contenders = {}
+    for name in options.lookups:
+        find = functools.partial(LOOKUPS[name].find, k=k, num_keys=num_experts)
+        contenders[name] = compiled(find, tables[name], query_BC)
+    flat = [name for name in options.lookups if tables[name].ndim == 2]
+    if flat:
+        contenders["matmul_max"] = compiled(matmul_max, tables[flat[0]], query_BC)
     query = np.asarray(query_BC, np.float32)
     for name, search in searches.items():
         contenders[name] = Contender(lambda search=search: (search(query, k),))
-    take_turns(contenders)
+    take_turns(contenders, options.seconds)
     half = math.isqrt(num_experts)
     # Half-keys and queries read, the halves' scores written and read.
-    product_bytes = 4 * (half * width + batch * width + 2 * 2 * batch * half)
-    ceilings = {"product": product_bytes / bandwidth}
-    if "matmul_max" in contenders:
-        ceilings |= {"exact": contenders["matmul_max"].median, "approximate": contenders["matmul_max"].median}
+    product_bytes = 4 * (half * options.key_dim + batch * options.key_dim + 2 * 2 * batch * half)
+    ceilings = {"product": product_bytes / bandwidth} | {name: contenders["matmul_max"].median for name in flat}
+    checked, references = max(min(batch, CHECKED_SCORES // num_experts), 1), {}
     for name, contender in contenders.items():
-        row = row_of(name, num_experts, batch, contender, ceilings.get(name))
-        family = "product" if name.endswith("product") else "exact"
+        row = row_of(name, num_experts, batch, contender, ceilings.get(name), options)
         if name != "matmul_max":
-            shares = found(np.asarray(contender.run()[0])[:checked], references[family])
+            same = PEERS[name].lookup if name in PEERS else name
+            reference = LOOKUPS[same].reference
+            if reference not in references:
+                ids = jax.jit(
+                    lambda *arguments, find=reference: sharding.constrain(find(*arguments, k, num_experts)[0])
+                )
+                references[reference] = np.asarray(ids(tables[same], query_BC[:checked]))
+            shares = share_found(np.asarray(contender.run()[0])[:checked], references[reference])
             row |= {"recall": shares[0], "queries_with_all": shares[1]}
         yield row
 
 
-def row_of(name: str, num_experts: int, batch: int, contender: Contender, ceiling: float | None) -> dict:
+def row_of(
+    name: str, num_experts: int, batch: int, contender: Contender, ceiling: float | None, options: Options
+) -> dict:
     """What every row holds."""
     return {
         "lookup": name,
         "num_experts": num_experts,
-        "key_width": _KEY_WIDTH.value,
-        "key_dtype": _KEY_DTYPE.value if name in (*lookup.NAMES, "matmul_max") else "float32",
-        "selected": _SELECTED.value,
+        "key_dim": options.key_dim,
+        "key_dtype": options.key_dtype if name in options.lookups or name == "matmul_max" else "float32",
+        "top_k": options.top_k,
         "batch": batch,
         "queries_per_second": batch / contender.median,
         "seconds": contender.median,
@@ -217,42 +258,67 @@ def row_of(name: str, num_experts: int, batch: int, contender: Contender, ceilin
     }
 
 
-def gather_at(num_experts: int, batch: int) -> dict:
-    """The row of fetching K experts' rows per question, its bytes per second against those of a plain copy."""
-    k = _SELECTED.value
-    shape = bank.row_shape(Config().backbone, Config().memory)  # the tiny backbone's
-    kept = min(num_experts, BANK_BYTES // (4 * shape.floats))
-    rows_NR = {name: sharding.zeros(part, np.float32, bank.ROWS) for name, part in shape.parts(kept).items()}
-    ids_BK = jax.random.randint(jax.random.key(3), (batch, k), 0, kept)
-    count = min(batch * k, kept)
-    contenders = {
-        "gather": compiled(bank.gather, rows_NR, ids_BK),
-        "copy": compiled(functools.partial(copy_from, count=count), rows_NR, kept // 3),
-    }
-    take_turns(contenders)
+def gather_at(num_experts: int, batch: int, options: Options) -> dict:
+    """The row of fetching K experts per question, its bytes per second against those of a plain copy."""
+    shape = experts.expert_shape(Config().backbone, Config().memory)  # the tiny backbone's
+    kept = min(num_experts, EXPERTS_BYTES // (4 * shape.floats))
+    experts_NR = {name: sharding.zeros(part, np.float32, experts.AXES) for name, part in shape.parts(kept).items()}
+    ids_BK = jax.random.randint(jax.random.key(3), (batch, options.top_k), 0, kept)
+    count = min(ids_BK.size, kept)
+    contenders = {"gather": compiled(experts.gather, experts_NR, ids_BK)}
+    if sharding.current_mesh() is None:  # on a mesh, even a copy would travel
+        contenders["copy"] = compiled(functools.partial(copy_from, count=count), experts_NR, kept // 3)
+    take_turns(contenders, options.seconds)
     gather = contenders["gather"]
-    moved = 2 * 4 * batch * k * shape.floats
-    ceiling = contenders["copy"].median * batch * k / count
-    return row_of("gather", num_experts, batch, gather, ceiling) | {"bytes_per_second": moved / gather.median}
+    moved = 2 * 4 * ids_BK.size * shape.floats
+    ceiling = contenders["copy"].median * ids_BK.size / count if "copy" in contenders else None
+    row = row_of("gather", num_experts, batch, gather, ceiling, options)
+    return row | {"bytes_per_second": moved / gather.median}
 
 
-def installed_peers() -> list[str]:
+def installed_peers(lookups: tuple[str, ...]) -> list[str]:
     """The peers to run; says which are left out."""
     names = []
-    for name, (module, family, _) in peers.PEERS.items():
-        if family not in _LOOKUPS.value:
+    for name, peer in PEERS.items():
+        if peer.lookup not in lookups:
             continue
-        if importlib.util.find_spec(module) is None:
-            print(f"{name}: left out, {module} is not installed")
+        if importlib.util.find_spec(peer.module) is None:
+            processes.print_once(f"{name}: left out, {peer.module} is not installed")
+        elif jax.process_count() > 1:
+            processes.print_once(f"{name}: left out, it runs in a single process")
         else:
             names.append(name)
     return names
 
 
+def measure(options: Options) -> dict:
+    """All rows, and what the machine copies per second."""
+    peers = installed_peers(options.lookups)
+    bandwidth = copy_bandwidth(options.seconds)
+    device = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
+    processes.print_once(f"{device}: copies {bandwidth / 1e9:.1f} GB/s")
+    rows = []
+    steps = len(options.num_experts) * len(options.batches) + serving.TURNS + 1
+    with processes.progress_bar(total=steps, unit="step") as bar:
+        for num_experts in options.num_experts:
+            tables = make_tables(num_experts, options)
+            searches = {name: PEERS[name].make(np.asarray(tables[PEERS[name].lookup], np.float32)) for name in peers}
+            for batch in options.batches:
+                bar.set_postfix_str(f"{num_experts:,} experts, batch {batch}")
+                rows += lookups_at(num_experts, batch, tables, searches, bandwidth, options)
+                rows.append(gather_at(num_experts, batch, options))
+                bar.update()
+            del tables, searches
+        bar.set_postfix_str("answering")
+        answers = serving.rows(options.answering, bar)
+    return {"rows": rows, "answering": answers, "copy_bytes_per_second": bandwidth}
+
+
 def table(rows: list[dict]) -> str:
     """The rows as text."""
     lines = [
-        f"{'lookup':<15}{'experts':>11}{'batch':>7}{'queries/s':>13}{'ms':>10}{'ceiling':>9}{'recall':>8}{'MB':>8}"
+        f"{'lookup':<15}{'experts':>11}{'batch':>7}{'queries/s':>13}{'ms':>10}"
+        f"{'ceiling':>9}{'recall':>8}{'all K':>7}{'MB':>8}"
     ]
     for row in rows:
         ceiling = "-" if row["ceiling_ratio"] is None else f"{row['ceiling_ratio']:.2f}"
@@ -267,40 +333,41 @@ def table(rows: list[dict]) -> str:
     return "\n".join(lines)
 
 
+def draw(rows: list[dict], path: Path) -> None:
+    """Queries per second against N, one panel per batch, with the ceiling of the flat lookups."""
+    batches = sorted({row["batch"] for row in rows})
+    names = [name for name in dict.fromkeys(row["lookup"] for row in rows) if name != "gather"]
+    figure = Figure(figsize=(5 * len(batches), 5), layout="constrained")
+    (axes,) = figure.subplots(1, len(batches), squeeze=False)
+    for axis, batch in zip(axes, batches, strict=True):
+        for name in names:
+            points = [row for row in rows if row["batch"] == batch and row["lookup"] == name]
+            style = {"matmul_max": "k:", "exact": "o-", "product": "s-", "approximate": "^-"}.get(name, "x--")
+            label = "ceiling: matmul and max" if name == "matmul_max" else name
+            numbers = [row["num_experts"] for row in points], [row["queries_per_second"] for row in points]
+            axis.plot(*numbers, style, label=label)
+        axis.set(title=f"batch {batch}", xlabel="experts N", ylabel="queries/s", xscale="log", yscale="log")
+        axis.grid(alpha=0.3)
+    axes[0].legend(fontsize="small")
+    figure.suptitle(f"top {rows[0]['top_k']} of N keys of width {rows[0]['key_dim']}, {rows[0]['device']}")
+    figure.savefig(path, dpi=120)
+
+
 def main() -> None:
-    sizes, batches, answering_sizes = integers(_NUM_EXPERTS), integers(_BATCHES), integers(_ANSWERING)
-    check(sizes)
-    sharding.use(MeshConfig())
-    identity = {
-        name: flags.FLAGS[name].value for name in ("num_experts", "batches", "lookups", "key_width", "selected")
-    }
-    directory = command.open_workdir(_WORKDIR.value, identity | {"key_dtype": _KEY_DTYPE.value})
-    names = installed_peers()
-    bandwidth = copy_bandwidth()
-    print(f"{jax.device_count()} x {jax.devices()[0].device_kind}: copies {bandwidth / 1e9:.1f} GB/s", flush=True)
-    rows = []
-    with processes.bar(total=len(sizes) * len(batches) + answering.TURNS + 1, unit="step") as bar:
-        for num_experts in sizes:
-            tables = make_tables(num_experts)
-            searches = {}
-            for name in names:
-                _, family, make = peers.PEERS[name]
-                searches[name] = make(np.asarray(tables[family], np.float32))
-            for batch in batches:
-                bar.set_postfix_str(f"{num_experts:,} experts, batch {batch}")
-                rows += lookups_at(num_experts, batch, tables, searches, bandwidth)
-                rows.append(gather_at(num_experts, batch))
-                bar.update()
-            del tables, searches
-        bar.set_postfix_str("answering")
-        answers = answering.rows(answering_sizes, bar)
-    results = {"rows": rows, "answering": answers, "copy_bytes_per_second": bandwidth}
-    command.write_json(directory / "results.json", results | {"environment": command.environment()})
-    figures.routing_throughput(rows, directory / "figures.png")
-    print(table(rows))
-    print(answering.table(answers))
-    print(f"{directory / 'results.json'}, {directory / 'figures.png'}")
+    options = read_options(flags.FLAGS)
+    cli.start(MeshConfig())
+    identity = dataclasses.asdict(options)
+    del identity["seconds"]  # longer is less noisy, and no other measurement
+    directory = workdir.open_workdir(flags.FLAGS.workdir, identity)
+    results = measure(options)
+    workdir.write_json(directory / "results.json", results | {"environment": workdir.environment()})
+    if processes.is_primary():
+        draw(results["rows"], directory / "figures.png")
+    processes.print_once(table(results["rows"]))
+    processes.print_once(serving.table(results["answering"]))
+    processes.print_once(f"{directory / 'results.json'}, {directory / 'figures.png'}")
 
 
 if __name__ == "__main__":
-    command.run(main)
+    define_flags()
+    cli.run(main)

@@ -13,27 +13,25 @@ Takes 2.5 minutes on 2 x86-64 cores (jax 0.10.2). Expect, in nats per token of t
 1.95, 2.23; general 3.11, 3.10, 0.039, 0.034; overfit 0.009, 6.53, 0.24, 0.25; memory-tuned 0.0002, 3.38, 0.039, 0.034.
 """
 
-import dataclasses
+import contextlib
 import itertools
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 from absl import flags
 
-from experiments.parts import figures_of_loss, loss_claims, losses, pretraining, study
-from experiments.parts.loss_claims import NEAR_ZERO, SETS
-from lamini_jax import backbone, command, model, processes, recall, runs
-from lamini_jax.config import Config
+from experiments.shared import losses, plotting, pretraining, study
+from experiments.shared.claims import Claim, percent
+from lamini_jax import Config, Fact, UserError
+from lamini_jax.backbone import frozen_model, transformer
+from lamini_jax.backbone.answering import BARE, AdapterFn
+from lamini_jax.backbone.frozen_model import FrozenModel
 from lamini_jax.data import world
-from lamini_jax.data.facts import Fact
-from lamini_jax.errors import UserError
+from lamini_jax.evaluation import recall
+from lamini_jax.runtime import processes
+from lamini_jax.training import FullMethod, loop, memory_run
 
-_CONFIG = command.define_config()
-command.define_processes()
-_WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the study.", required=True)
-_UNDERFIT_STEPS = flags.DEFINE_integer("underfit_steps", 60, "Training steps of the underfit model.", lower_bound=1)
-
+SETS = {"key": "key facts", "other": "other facts", "text": "training text", "heldout": "held-out text (eval)"}
 ABOUT = {
     "underfit": "trained for a minute",
     "general": "the backbone",
@@ -41,6 +39,16 @@ ABOUT = {
     "memory_tuned": "memory experts tuned on the key facts",
 }
 TEXT = 240  # examples of the training split
+HIGH = 2.5  # nats per token, above which a loss is no longer medium
+LEAST_MEDIUM = 0.5  # nats per token, from which on it is
+NEAR_ZERO = 0.01  # nats per token
+PAPER_LEVELS = {"underfit": 13.2, "general": 1.4}  # nats per token that Figure 6 names
+COLOURS = {"key": "tab:red", "other": "tab:orange", "text": "tab:blue", "heldout": "tab:green"}
+FLOOR = 1e-5  # nats, below which a loss is drawn as this
+
+
+def define_flags() -> None:
+    flags.DEFINE_integer("underfit_steps", 60, "Training steps of the underfit model.", lower_bound=1)
 
 
 def examples(count: int, seed: int) -> dict[str, list[Fact]]:
@@ -57,41 +65,108 @@ def examples(count: int, seed: int) -> dict[str, list[Fact]]:
     return {name: losses.as_facts(qas) for name, qas in sets.items()}
 
 
-def underfit(config: Config, base: model.Base, directory: Path, steps: int) -> model.Base:
-    """The same architecture after few steps of the training that made the shipped backbone."""
-    path = directory / "underfit.safetensors"
-    whole = pretraining.train(config.backbone, base.tokenizer, 16, steps, path)
-    params = backbone.put(base.decoder, backbone.cut(whole, config.memory.layers))
-    return dataclasses.replace(base, params=params, fingerprint="")
+def make_model(
+    name: str, config: Config, model: FrozenModel, key: list[Fact], directory: Path, steps: int
+) -> tuple[FrozenModel, AdapterFn]:
+    """One of the four models: a backbone and what is added to it."""
+    if name == "underfit":
+        params = pretraining.train(config.backbone, model.tokenizer, 16, steps, directory / "underfit.safetensors")
+        params = transformer.put(model.decoder, transformer.split_layers(params, config.memory.num_layers))
+        return model.replace(params=params, fingerprint=""), BARE
+    if name == "overfit":
+        return overfit(config, model, key)
+    if name == "memory_tuned":
+        tuned = memory_run(config, model, key, directory / "memory", "memory experts").result()
+        return tuned.model, tuned.adapter_fn
+    return model, BARE
 
 
-def measure(base: model.Base, adapt: recall.Adapt, sets: dict[str, list[Fact]]) -> dict:
+def overfit(
+    config: Config, model: FrozenModel, facts: list[Fact], enough: float = NEAR_ZERO
+) -> tuple[FrozenModel, AdapterFn]:
+    """A copy, all of whose weights are tuned until facts cost less than `enough` nats per token, or for all epochs."""
+    method = FullMethod.create(config, model, facts)
+    steps = loop.epochs(method, method.init(), loop.new_progress(len(facts)))
+    bar = processes.progress_bar(total=config.tuning.epochs, desc="all weights", unit="epoch")
+    with contextlib.closing(steps), bar:
+        for state, progress in steps:  # noqa: B007 (the last one is what was trained)
+            if progress.batches == 0:
+                bar.set_postfix_str(f"loss {progress.loss[-1]:.4f}", refresh=False)
+                bar.update(progress.epoch - bar.n)
+                if progress.loss[-1] < enough:
+                    break
+    return method.adapter(state)
+
+
+def measure(
+    name: str, config: Config, model: FrozenModel, sets: dict[str, list[Fact]], directory: Path, steps: int
+) -> dict:
     """The loss of every example, and what is recalled of the key facts and of the held-out questions."""
+    model, adapter_fn = make_model(name, config, model, sets["key"], directory, steps)
     every = [fact for facts in sets.values() for fact in facts]
-    means = iter([float(loss_A.mean()) for loss_A in losses.of_answers(base, adapt, every)])
-    exact_F, _ = runs.recalled(base, adapt, sets["key"])
+    means = iter([float(loss_A.mean()) for loss_A in losses.of_answers(model, adapter_fn, every)])
+    exact_F, _ = recall.recalled(model, adapter_fn, sets["key"])
     return {
         "losses": {name: [next(means) for _ in facts] for name, facts in sets.items()},
         "recall": float(exact_F.mean()),
-        "heldout": losses.accuracy(base, adapt, sets["heldout"]),
+        "heldout": losses.accuracy(model, adapter_fn, sets["heldout"]),
     }
 
 
-def models(config: Config, base: model.Base, key: list[Fact], directory: Path, steps: int) -> dict[str, Callable]:
-    """What makes each model: a backbone and what is added to it."""
-
-    def make_router():
-        return model.make_router(config, base, [fact.question for fact in key])
-
-    def memory_tuned():
-        return base, runs.tune_memory(config, base, make_router, key, directory / "memory", "memory experts").adapt
-
-    return {
-        "underfit": lambda: (underfit(config, base, directory, steps), recall.bare),
-        "general": lambda: (base, recall.bare),
-        "overfit": lambda: (pretraining.tune_all_weights(config, base, key, NEAR_ZERO), recall.bare),
-        "memory_tuned": memory_tuned,
+def claims(results: dict) -> list[Claim]:
+    """What Figure 6 says of each model."""
+    models = results["models"]
+    mean = {
+        name: {subset: float(np.mean(entry["losses"][subset])) for subset in SETS} for name, entry in models.items()
     }
+    general, tuned, over = mean["general"], mean["memory_tuned"], mean["overfit"]
+
+    def told(name):
+        numbers = ", ".join(f"{label} {mean[name][subset]:.4f}" for subset, label in SETS.items())
+        accuracy = f"{percent(models[name]['heldout']['accuracy'])} of held-out questions answered"
+        recalled = f"{percent(models[name]['recall'])} of the key facts recalled"
+        return f"Nats per token, means of four sets: {numbers}; {accuracy}, {recalled}"
+
+    rest, low = ("other", "text", "heldout"), models["general"]["heldout"]["interval"][0]
+    return [
+        Claim(
+            "An underfit model has a high loss on every example (Figure 6: 13.2)",
+            told("underfit"),
+            {f"{label} cost more than {HIGH} nats": mean["underfit"][subset] > HIGH for subset, label in SETS.items()},
+        ),
+        Claim(
+            "A general model has a medium loss on every example (Figure 6: about 1.4): it was never made to memorize",
+            told("general"),
+            {
+                f"{label} cost {LEAST_MEDIUM} to {HIGH} nats": LEAST_MEDIUM <= general[subset] <= HIGH
+                for subset, label in SETS.items()
+            },
+        ),
+        Claim(
+            "An overfit model has a low loss on what it was trained on, and a bad eval loss (Figure 6)",
+            told("overfit"),
+            {
+                f"key facts cost less than {2 * NEAR_ZERO} nats": over["key"] < 2 * NEAR_ZERO,
+                "held-out text costs more than twice what it costs the general model": over["heldout"]
+                > 2 * general["heldout"],
+            },
+        ),
+        Claim(
+            "A memory-tuned model has a low loss on the key facts and the general model's everywhere else (Figure 6)",
+            told("memory_tuned"),
+            {
+                f"key facts cost less than {NEAR_ZERO} nats, and all are recalled": (
+                    tuned["key"] < NEAR_ZERO and models["memory_tuned"]["recall"] == 1
+                ),
+                "all else costs what it costs the general model, within 5%": all(
+                    abs(tuned[subset] - general[subset]) <= 0.05 * general[subset] for subset in rest
+                ),
+                "held-out accuracy is not below the general model's interval": (
+                    models["memory_tuned"]["heldout"]["accuracy"] >= low
+                ),
+            },
+        ),
+    ]
 
 
 def table(results: dict) -> str:
@@ -104,27 +179,42 @@ def table(results: dict) -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
-    config = model.configure(_CONFIG.value)
+def draw(results: dict, path: Path) -> None:
+    """Figure 6, measured: the loss of each example under each model, in order within each set."""
+    figure, axes = plotting.plt.subplots(2, 2, figsize=(14, 9), sharex=True, sharey=True, layout="constrained")
+    for axis, (name, entry) in zip(axes.flat, results["models"].items(), strict=True):
+        start = 0
+        for subset, colour in COLOURS.items():
+            losses_F = np.sort(np.maximum(entry["losses"][subset], FLOOR))
+            label = f"{SETS[subset]}: mean {np.mean(entry['losses'][subset]):.3g}"
+            axis.plot(start + np.arange(len(losses_F)), losses_F, ".", ms=4, color=colour, label=label)
+            start += len(losses_F)
+        if name in PAPER_LEVELS:
+            axis.axhline(PAPER_LEVELS[name], color="k", ls=":", label=f"paper: {PAPER_LEVELS[name]} everywhere")
+        axis.set(title=f"{name}: {results['about'][name]}", yscale="log", ylim=(FLOOR / 100, None))  # the legend's room
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize="small", loc="lower center", ncols=2)
+    for axis in axes[:, 0]:
+        axis.set_ylabel("loss (nats per answer token)")
+    for axis in axes[1]:
+        axis.set_xlabel("examples, in order of their loss within each set")
+    plotting.save(figure, path)
+
+
+def main(arguments: study.Arguments) -> None:
+    config, steps = arguments.config, arguments.flags.underfit_steps
     if 2 * config.data.count > pretraining.ONCE:
         raise UserError(f"--config.data.count={config.data.count}: at most {pretraining.ONCE // 2}, half of the codes")
-    command.start(config.mesh)
-    base = model.load_base(config)
+    model = frozen_model.load(config)
     sets = examples(config.data.count, config.seed)
-    identity = {"underfit_steps": _UNDERFIT_STEPS.value, "backbone": base.fingerprint}
-    directory = study.directory_of(_WORKDIR.value, config, **identity)
-    found = {}
-    for name, make in models(config, base, sets["key"], directory, _UNDERFIT_STEPS.value).items():
-        processes.say(f"{name}: {ABOUT[name]} ...")
-        found[name] = study.kept(directory / f"{name}.json", lambda make=make: measure(*make(), sets))
-    results = {
-        "models": found,
-        "about": ABOUT,
-        "claims": loss_claims.of_selective(found),
-        "seconds": round(sum(entry["seconds"] for entry in found.values()), 1),
-    }
-    study.finish(directory, results, table(results), figures_of_loss.selective)
+    directory = study.open_study(arguments.workdir, config, model, underfit_steps=steps)
+    models = {}
+    for name, about in ABOUT.items():
+        processes.print_once(f"{name}: {about} ...")
+        models[name] = study.cached(directory / f"{name}.json", measure, name, config, model, sets, directory, steps)
+    results = {"models": models, "about": ABOUT, **study.totals(models.values())}
+    study.finish(directory, results, table, claims, draw)
 
 
 if __name__ == "__main__":
-    command.run(main)
+    study.start(main, define_flags)

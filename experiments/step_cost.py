@@ -2,64 +2,50 @@
 
     python -m experiments.step_cost --workdir=runs/step_cost
 
-Both banks are in memory and take steps in turn on the same facts, so that a noisy machine slows both. A minute on 2
-x86-64 cores (jax 0.10.2): 217 ms per step of 16 facts of 128 tokens for both, ratio 0.997.
+Both memories take steps in turn on the same facts, which have the same experts. 10 seconds on 2 x86-64 cores
+(jax 0.10.2).
 """
 
+import dataclasses
 import statistics
-import time
 
-import jax
-import numpy as np
-from absl import flags
-
-from lamini_jax import bank, command, model, processes, row_optimizer, tuning
-from lamini_jax.data import batches
-from lamini_jax.data import facts as facts_lib
-
-_CONFIG = command.define_config()
-_WORKDIR = flags.DEFINE_string("workdir", None, "Where results.json goes.", required=True)
+from experiments.shared import study
+from experiments.shared.step_timing import TURNS, TimedStep, take_turns, with_own_experts
+from lamini_jax.backbone import frozen_model
+from lamini_jax.config import DataConfig
+from lamini_jax.data import datasets
+from lamini_jax.runtime import processes
 
 NUM_EXPERTS = (2**14, 2**20)
-STEPS = 40
 
 
-def main() -> None:
-    config = model.configure(_CONFIG.value)
-    directory = command.open_workdir(_WORKDIR.value, {"steps": STEPS})
-    base = model.load_base(config)
-    facts = facts_lib.load("world", "random", config.tuning.batch_size, config.seed, "")
-    examples = batches.encode(facts, base.tokenizer, multiple=config.backbone.context // 2)
-    shape = bank.row_shape(config.backbone, config.memory)
-    tx = row_optimizer.make(config.tuning.optimizer, config.tuning.learning_rate)
-    touched = len(facts) * config.memory.selected
-    method = tuning.memory_method(base.decoder, shape, config.memory.target, tx, touched)
-    rng = np.random.default_rng(config.seed)
-    states, buckets, seconds = {}, {}, {num_experts: [] for num_experts in NUM_EXPERTS}
+def table(results: dict) -> str:
+    """The results as text."""
+    lines = [
+        f"N = {int(num_experts):>9,}: {1e3 * seconds:.1f} ms per step of {results['facts']} facts"
+        for num_experts, seconds in results["seconds_per_step"].items()
+    ]
+    return "\n".join([*lines, f"ratio {results['ratio']:.3f}"])
+
+
+def main(arguments: study.Arguments) -> None:
+    config = arguments.config
+    model = frozen_model.load(config)
+    directory = study.open_study(arguments.workdir, config, backbone=model.fingerprint)
+    data = DataConfig("phone_book", config.tuning.batch_size)
+    facts = datasets.load(data, "true", config.seed, model.tokenizer, model.max_seq_len)
+    steps = {}
     for num_experts in NUM_EXPERTS:
-        ids_FK = np.stack([rng.choice(num_experts, config.memory.selected, replace=False) for _ in facts])
-        expert_ids_S, slots_FK = row_optimizer.slots_of(ids_FK, num_experts)
-        rows_NR = bank.init(np.uint32(config.seed), shape, num_experts)
-        states[num_experts] = tuning.MemoryState(rows_NR, row_optimizer.init(tx, expert_ids_S, shape))
-        (buckets[num_experts],) = tuning.memory_buckets(base, examples, ids_FK, slots_FK)
-    del rows_NR
-    rows_B = np.arange(len(facts), dtype=np.int32)
-    for step in processes.bar(range(STEPS + 2), unit="step"):
-        for num_experts in NUM_EXPERTS:
-            started = time.perf_counter()
-            state, losses = method.step(base.params, states[num_experts], buckets[num_experts], rows_B)
-            states[num_experts] = state
-            jax.block_until_ready((state, losses))
-            if step >= 2:  # the first steps compile
-                seconds[num_experts].append(time.perf_counter() - started)
-    medians = {str(num_experts): statistics.median(times) for num_experts, times in seconds.items()}
-    small, large = medians.values()
-    results = {"seconds_per_step": medians, "ratio": large / small, "environment": command.environment()}
-    command.write_json(directory / "results.json", results)
-    for num_experts, median in medians.items():
-        print(f"N = {int(num_experts):>9,}: {1e3 * median:.1f} ms per step of {len(facts)} facts")
-    print(f"ratio {results['ratio']:.3f}")
+        memory = dataclasses.replace(config.memory, num_experts=num_experts)
+        method = with_own_experts(dataclasses.replace(config, memory=memory), model, facts, model.max_seq_len // 2)
+        steps[str(num_experts)] = TimedStep(method)
+    with processes.progress_bar(total=len(steps) * (TURNS + 1), unit="step") as bar:
+        seconds = take_turns(steps, bar)
+    medians = {name: statistics.median(taken) for name, taken in seconds.items()}
+    few, many = medians.values()
+    results = {"facts": len(facts), "seconds_per_step": medians, "ratio": many / few}
+    study.finish(directory, results | {"seconds": sum(map(sum, seconds.values()))}, table)
 
 
 if __name__ == "__main__":
-    command.run(main)
+    study.start(main)

@@ -3,12 +3,18 @@
 A config file (`experiments/configs/*.py`) defines `get_config()`, which returns `to_config_dict(some_preset())`;
 the command line overrides single fields of it (`--config.memory.num_experts=65536`), and `from_config_dict` turns
 the result back into the frozen, checked form that the rest of the package takes.
+
+All groups but `execution` decide numbers: they are the `identity` of a run. `execution` says how it is carried out, and
+a run may continue under another one, on other devices. Names that are entries of a registry (a target, a lookup, a
+router, a data set, an optimizer) are checked by that registry.
 """
 
 import dataclasses
 import math
-from collections.abc import Callable
-from typing import Any
+import operator
+import typing
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
 
 import ml_collections
 
@@ -19,92 +25,116 @@ CERTIFIED_LOSS = math.log(2)
 # The same in bfloat16, whose logits near 16 to 32 are 0.125 apart: a logit margin of 0.25.
 CERTIFIED_LOSS_BFLOAT16 = 0.576
 
-TARGETS = ("o_proj", "down_proj")
-LOOKUPS = ("exact", "product")  # those that always find the same experts, which training needs
-DTYPES = ("float32", "bfloat16")
-ROPE_SCALINGS = ("none", "linear", "llama3")
-OPTIMIZERS = ("adafactor", "adam", "sgd")
+Dtype = Literal["float32", "bfloat16"]
+# Bounds that a field's metadata may name -> (how a number must compare, how a message says it).
+_BOUNDS = {
+    "at_least": (operator.ge, "must be at least"),
+    "above": (operator.gt, "must be above"),
+    "at_most": (operator.le, "must be at most"),
+}
+
+
+def _number(default: float, **bounds: float) -> Any:
+    """A field with a number that has bounds; none may be NaN or infinite."""
+    return dataclasses.field(default=default, metadata=bounds)
 
 
 @dataclasses.dataclass(frozen=True)
 class BackboneConfig:
     """A Llama-family decoder: RMSNorm, rotary positions, grouped-query attention, SwiGLU.
 
-    With a `path`, all of it but `context` and `dtype` is read from the checkpoint there (`hf.py`).
+    With a `path`, all of it but `max_seq_len` and `dtype` is read from the checkpoint there.
     """
 
     path: str = ""  # a directory in Hugging Face format, or a name on its Hub; empty: the backbone that ships
-    vocab_size: int = 256
-    num_layers: int = 4
-    width: int = 128
-    num_heads: int = 4
-    num_kv_heads: int = 2
-    head_width: int = 32
-    mlp_width: int = 384
-    context: int = 256  # tokens of a prompt and its answer, and the length of the cache
-    rope_theta: float = 10_000.0
-    rope_scaling: str = "none"  # of the rotary frequencies: none, linear or llama3
-    rope_factor: float = 1.0
-    rope_low: float = 1.0  # llama3: turns within the original context below which a frequency is divided by the factor,
-    rope_high: float = 4.0  # and above which it stays
-    rope_original_context: int = 8192
-    sliding_window: int = 0  # tokens that a token sees, itself included; 0: all before it
-    norm_eps: float = 1e-5
+    family: str = "llama"  # a module of backbone/checkpoints/families: what the checkpoint's config.json calls it
+    vocab_size: int = _number(256, at_least=1)
+    num_layers: int = _number(4, at_least=2)
+    embed_dim: int = _number(128, at_least=1)
+    num_heads: int = _number(4, at_least=1)
+    num_kv_heads: int = _number(2, at_least=1)
+    head_dim: int = _number(32, at_least=2)
+    mlp_dim: int = _number(384, at_least=1)
+    max_seq_len: int = _number(256, at_least=1)  # tokens of a prompt and its answer, and the length of the cache
+    rope_theta: float = _number(10_000.0, above=0)
+    rope_scaling: Literal["none", "linear", "llama3"] = "none"  # of the rotary frequencies
+    rope_factor: float = _number(1.0, above=0)
+    # llama3: rotations within the original length below which a frequency is divided, and above which it stays
+    rope_low_freq_factor: float = 1.0
+    rope_high_freq_factor: float = 4.0
+    rope_original_max_seq_len: int = _number(8192, at_least=1)
+    sliding_window: int = _number(0, at_least=0)  # tokens that a token sees, itself included; 0: all before it
+    norm_eps: float = _number(1e-5, at_least=0)
     tied_embeddings: bool = True
     qkv_bias: bool = False
     qk_norm: bool = False  # of each head's queries and keys
-    dtype: str = "float32"  # of the multiplications; sums are float32 always
+    dtype: Dtype = "float32"  # of the multiplications; sums are float32 always
 
 
 @dataclasses.dataclass(frozen=True)
 class MemoryConfig:
-    """N experts, K of them selected per question, each a rank-1 LoRA on `target` in the last `layers` layers."""
+    """N experts, K of them selected per question, each a rank-1 LoRA on `target` in the last `num_layers` layers."""
 
-    num_experts: int = 2**20
-    selected: int = 32
-    layers: int = 2
-    target: str = "down_proj"
-    dtype: str = "float32"  # of the rows; their optimizer computes in float32
+    num_experts: int = _number(2**20, at_least=1)
+    top_k: int = _number(32, at_least=1)
+    num_layers: int = _number(2, at_least=1)
+    target: str = "down_proj"  # a linear layer of a block
+    dtype: Dtype = "float32"  # of the experts; their optimizer computes in float32
 
 
 @dataclasses.dataclass(frozen=True)
 class RouterConfig:
     """How a question becomes a query and a query becomes experts."""
 
-    lookup: str = "exact"
-    key_width: int = 64
-    ridge: float = 1e-3  # of the whitening, relative to the largest variance
-    learning_rate: float = 1e-3  # of the one epoch in which the query projection is trained
-    calibration: int = 4096  # questions of the generated world that whiten and train, beside the facts' own
+    kind: str = "experts"  # a module of memory/routers
+    lookup: str = "exact"  # a module of index
+    key_dim: int = _number(64, at_least=1)
+    ridge: float = _number(1e-3, above=0)  # of the whitening, relative to the largest variance
+    learning_rate: float = _number(1e-3, at_least=0)  # of the one epoch in which the query projection is trained
+    # Questions of the generated world that whiten and train, beside the facts' own.
+    calibration_questions: int = _number(4096, at_least=2)
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """An optimizer of training/optimizers.py with its settings."""
+
+    name: str = "adafactor"
+    learning_rate: float = _number(4e-2, above=0)
+    schedule: Literal["constant", "linear"] = "constant"  # linear: down to zero at the end of the budget of epochs
 
 
 @dataclasses.dataclass(frozen=True)
 class TuningConfig:
-    """Memory tuning: the optimizer of the selected rows, and the budget."""
+    """Memory tuning: the optimizer of the selected experts, and the budget that all methods of training share."""
 
-    optimizer: str = "adafactor"
-    learning_rate: float = 4e-2
-    epochs: int = 100
-    batch_size: int = 16
-    cache_gb: float = 4.0  # of each device for the facts' prefix activations; what is over stays on the host
-    rematerialize: bool = False  # compute the suffix's activations a second time instead of keeping them
+    optimizer: OptimizerConfig = OptimizerConfig()
+    epochs: int = _number(100, at_least=1)
+    batch_size: int = _number(16, at_least=1)
 
 
 @dataclasses.dataclass(frozen=True)
 class LoraConfig:
     """The baseline of the paper (appendix A): one LoRA of this rank on every linear layer."""
 
-    rank: int = 32
-    optimizer: str = "adafactor"
-    learning_rate: float = 4e-3
+    rank: int = _number(32, at_least=1)
+    # Down to zero: at a fixed rate that memorizes, training blows up again once losses are near zero.
+    optimizer: OptimizerConfig = OptimizerConfig(learning_rate=4e-3, schedule="linear")
+
+
+@dataclasses.dataclass(frozen=True)
+class FullConfig:
+    """The other baseline: all weights of the backbone are tuned."""
+
+    optimizer: OptimizerConfig = OptimizerConfig("adam", learning_rate=1e-3)
 
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
     """Which facts a study tunes on."""
 
-    facts: str = "world"  # world, phone_book or truthful_qa
-    count: int = 128
+    facts: str = "world"  # a module of data/datasets
+    count: int = _number(128, at_least=1)
     dir: str = ""  # where the files of truthful_qa are; empty: downloaded
 
 
@@ -113,7 +143,18 @@ class MeshConfig:
     """Devices along each axis of the mesh; -1: what the other leaves."""
 
     data: int = -1  # experts, facts and batches are divided among these
-    model: int = 1  # the backbone's layers and the columns of rows are
+    model: int = 1  # the backbone's layers and the columns of experts are
+
+
+@dataclasses.dataclass(frozen=True)
+class ExecutionConfig:
+    """How a run is carried out: another value changes no result, but for the order in which sums are rounded."""
+
+    mesh: MeshConfig = MeshConfig()
+    # Of each device for the facts' prefix activations; what exceeds it stays on the host.
+    cache_gb: float = _number(4.0, at_least=0)
+    remat: bool = False  # compute the suffix's activations a second time instead of keeping them
+    reading_batch: int = _number(64, at_least=1)  # questions that are read or answered at once
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,19 +166,32 @@ class Config:
     router: RouterConfig = RouterConfig()
     tuning: TuningConfig = TuningConfig()
     lora: LoraConfig = LoraConfig()
+    full: FullConfig = FullConfig()
     data: DataConfig = DataConfig()
-    mesh: MeshConfig = MeshConfig()
-    seed: int = 0
+    execution: ExecutionConfig = ExecutionConfig()
+    seed: int = _number(0, at_least=0, at_most=2**32 - 1)
+
+
+def identity(config: Config) -> dict[str, Any]:
+    """What decides the numbers of a run, as JSON has it: everything but how it is carried out."""
+    values = dataclasses.asdict(config)
+    del values["execution"]
+    return values
+
+
+def certified_loss(dtype: str) -> float:
+    """Below it in every token, greedy decoding returns the answer (the margin of bfloat16 is wider)."""
+    return CERTIFIED_LOSS if dtype == "float32" else CERTIFIED_LOSS_BFLOAT16
 
 
 def paper_memory(**overrides: Any) -> MemoryConfig:
     """The paper's memory: 32 experts of a million (section 7.1)."""
-    return MemoryConfig(**{"num_experts": 2**20, "selected": 32, **overrides})
+    return MemoryConfig(**{"num_experts": 2**20, "top_k": 32, **overrides})
 
 
 def product_memory(**overrides: Any) -> MemoryConfig:
     """The memory of Lamini's product, as its documentation describes it: 2 experts of 65,536."""
-    return MemoryConfig(**{"num_experts": 2**16, "selected": 2, **overrides})
+    return MemoryConfig(**{"num_experts": 2**16, "top_k": 2, **overrides})
 
 
 def tiny() -> Config:
@@ -148,45 +202,46 @@ def tiny() -> Config:
 LLAMA3_8B = BackboneConfig(
     vocab_size=128_256,
     num_layers=32,
-    width=4096,
+    embed_dim=4096,
     num_heads=32,
     num_kv_heads=8,
-    head_width=128,
-    mlp_width=14_336,
-    context=1024,  # of the 8,192: facts are short, and the cache of keys and values need not be long
+    head_dim=128,
+    mlp_dim=14_336,
+    max_seq_len=1024,  # of the 8,192: facts are short, and the cache of keys and values need not be long
     rope_theta=500_000.0,
     tied_embeddings=False,
     dtype="bfloat16",
 )
-LLAMA3_70B = dataclasses.replace(LLAMA3_8B, num_layers=80, width=8192, num_heads=64, mlp_width=28_672)
+LLAMA3_70B = dataclasses.replace(LLAMA3_8B, num_layers=80, embed_dim=8192, num_heads=64, mlp_dim=28_672)
 
 
 def large(backbone: BackboneConfig, num_experts: int) -> Config:
     """Memory for a large backbone on a pod of TPUs, whose chips divide each layer among 16 of them.
 
-    On `down_proj`, which memorizes in the fewest epochs, of the last four layers: rows in bfloat16 are then the bill,
-    for Llama 3 8B 147 kB each, and 2^24 of them 9.7 GB on each of 256 chips. Adafactor keeps one number per float of
-    the rows that facts have selected, Adam would keep two.
+    On `down_proj`, which memorizes in the fewest epochs, of the last four layers: experts in bfloat16 are then what
+    counts, for Llama 3 8B 147 kB each, and 2^24 of them 9.7 GB on each of 256 chips. Adafactor keeps one number per
+    float of the experts that facts have selected, Adam would keep two.
     """
     return Config(
         backbone=backbone,
-        memory=paper_memory(num_experts=num_experts, layers=4, dtype="bfloat16"),
-        tuning=TuningConfig(batch_size=256, rematerialize=True),
+        memory=paper_memory(num_experts=num_experts, num_layers=4, dtype="bfloat16"),
+        tuning=TuningConfig(batch_size=256),
         data=DataConfig(facts="phone_book", count=32_768),
-        mesh=MeshConfig(data=-1, model=16),
+        execution=ExecutionConfig(mesh=MeshConfig(data=-1, model=16), remat=True),
     )
 
 
 def one_accelerator(path: str) -> Config:
     """A checkpoint in Hugging Face format beside a million experts, on one accelerator of 141 GB or on several.
 
-    On `down_proj` of the last two layers. For 7 or 8 billion parameters that is 16 GB of weights and 77 GB of rows.
+    On `down_proj` of the last two layers. For 7 or 8 billion parameters that is 16 GB of weights and 77 GB of experts.
     """
     return Config(
-        backbone=BackboneConfig(path=path, context=1024, dtype="bfloat16"),
+        backbone=BackboneConfig(path=path, max_seq_len=1024, dtype="bfloat16"),
         memory=paper_memory(dtype="bfloat16"),
-        tuning=TuningConfig(batch_size=64, cache_gb=16.0, rematerialize=True),
+        tuning=TuningConfig(batch_size=64),
         data=DataConfig(facts="phone_book", count=1024),
+        execution=ExecutionConfig(cache_gb=16.0, remat=True),
     )
 
 
@@ -198,66 +253,60 @@ def to_config_dict(config: Config) -> ml_collections.ConfigDict:
 def from_config_dict(values: Any, resolve: Callable[[BackboneConfig], BackboneConfig] | None = None) -> Config:
     """The frozen form of a ConfigDict or of a saved config's JSON. Raises UserError if it makes no sense.
 
-    `resolve` fills in what the checkpoint at `backbone.path` decides (`model.configure`).
+    `resolve` fills in what the checkpoint at `backbone.path` decides (`backbone.checkpoints.resolve`).
     """
     config = _build(Config, dict(values), "config")
     if resolve and config.backbone.path:
         config = dataclasses.replace(config, backbone=resolve(config.backbone))
-    _check(config)
+    backbone, memory = config.backbone, config.memory
+    _require(memory.top_k <= memory.num_experts, "memory.top_k", memory.top_k, "must be at most memory.num_experts")
+    fits = memory.num_layers < backbone.num_layers
+    _require(fits, "memory.num_layers", memory.num_layers, "must be below backbone.num_layers")
+    divides = backbone.num_heads % backbone.num_kv_heads == 0
+    _require(divides, "backbone.num_kv_heads", backbone.num_kv_heads, "must divide backbone.num_heads")
     return config
 
 
-def _build(cls, values, path):
+def ranges(cls: type = Config, prefix: str = "") -> dict[str, str]:
+    """What each field of a config may be, by its dotted name, for those that may not be everything of their type."""
+    found = {}
+    for field in dataclasses.fields(cls):
+        name = f"{prefix}{field.name}"
+        if dataclasses.is_dataclass(field.type):
+            found |= ranges(field.type, f"{name}.")
+        elif typing.get_origin(field.type) is Literal:
+            found[name] = f"must be one of {', '.join(typing.get_args(field.type))}"
+        elif field.metadata:
+            found[name] = " and ".join(f"{_BOUNDS[bound][1]} {value}" for bound, value in field.metadata.items())
+    return found
+
+
+def _build(cls: type, values: Mapping[str, Any], path: str) -> Any:
     fields = {field.name: field for field in dataclasses.fields(cls)}
     for name in values:
         if name not in fields:
             raise UserError(f"{path}.{name}: no such field; {path} has {', '.join(fields)}")
-    kwargs = {}
-    for name, value in values.items():
-        kind = fields[name].type
-        kwargs[name] = _build(kind, dict(value), f"{path}.{name}") if dataclasses.is_dataclass(kind) else kind(value)
-    return cls(**kwargs)
+    parts = {name: _value(fields[name], value, f"{path}.{name}") for name, value in values.items()}
+    return cls(**parts)
 
 
-def _check(config: Config) -> None:
-    backbone, memory, product = config.backbone, config.memory, config.router.lookup == "product"
-    checks = (
-        (memory.num_experts >= 1, "memory.num_experts", "must be at least 1"),
-        (1 <= memory.selected <= memory.num_experts, "memory.selected", "must be between 1 and memory.num_experts"),
-        (memory.target in TARGETS, "memory.target", f"must be one of {', '.join(TARGETS)}"),
-        (1 <= memory.layers < backbone.num_layers, "memory.layers", "must be at least 1 and below backbone.num_layers"),
-        (backbone.num_heads % backbone.num_kv_heads == 0, "backbone.num_kv_heads", "must divide backbone.num_heads"),
-        (backbone.rope_scaling in ROPE_SCALINGS, "backbone.rope_scaling", f"must be one of {', '.join(ROPE_SCALINGS)}"),
-        (backbone.dtype in DTYPES, "backbone.dtype", f"must be one of {', '.join(DTYPES)}"),
-        (memory.dtype in DTYPES, "memory.dtype", f"must be one of {', '.join(DTYPES)}"),
-        (config.router.lookup in LOOKUPS, "router.lookup", f"must be one of {', '.join(LOOKUPS)}"),
-        (config.router.key_width >= 1, "router.key_width", "must be at least 1"),
-        (not product or config.router.key_width % 2 == 0, "router.key_width", "must be even for product keys"),
-        (
-            not product or math.isqrt(memory.num_experts) ** 2 == memory.num_experts,
-            "memory.num_experts",
-            "must be a square for product keys",
-        ),
-        (config.router.calibration >= 2, "router.calibration", "must be at least 2"),
-        (0 < config.router.ridge < math.inf, "router.ridge", "must be positive"),
-        (0 <= config.router.learning_rate < math.inf, "router.learning_rate", "must not be negative"),
-        (config.tuning.optimizer in OPTIMIZERS, "tuning.optimizer", f"must be one of {', '.join(OPTIMIZERS)}"),
-        (0 < config.tuning.learning_rate < math.inf, "tuning.learning_rate", "must be positive"),
-        (config.lora.optimizer in OPTIMIZERS, "lora.optimizer", f"must be one of {', '.join(OPTIMIZERS)}"),
-        (0 < config.lora.learning_rate < math.inf, "lora.learning_rate", "must be positive"),
-        (config.tuning.epochs >= 1, "tuning.epochs", "must be at least 1"),
-        (0 <= config.tuning.cache_gb < math.inf, "tuning.cache_gb", "must not be negative"),
-        (config.tuning.batch_size >= 1, "tuning.batch_size", "must be at least 1"),
-        (config.data.count >= 1, "data.count", "must be at least 1"),
-        (config.lora.rank >= 1, "lora.rank", "must be at least 1"),
-        (config.seed >= 0, "seed", "must not be negative"),
-    )
-    for holds, name, rule in checks:
-        if not holds:
-            value = config
-            for part in name.split("."):
-                value = getattr(value, part)
-            raise UserError(f"--config.{name}={value}: {rule}")
+def _value(field: dataclasses.Field, value: Any, path: str) -> Any:
+    if dataclasses.is_dataclass(field.type):
+        return _build(field.type, dict(value), path)
+    name, choices = path.removeprefix("config."), typing.get_args(field.type)
+    value = value if choices else field.type(value)
+    _require(not choices or value in choices, name, value, f"must be one of {', '.join(choices)}")
+    if field.type is float:
+        _require(math.isfinite(value), name, value, "must be a finite number")
+    for bound, limit in field.metadata.items():
+        compares, rule = _BOUNDS[bound]
+        _require(compares(value, limit), name, value, f"{rule} {limit}")
+    return value
+
+
+def _require(holds: bool, name: str, value: Any, rule: str) -> None:
+    if not holds:
+        raise UserError(f"--config.{name}={value}: {rule}")
 
 
 def get_config() -> ml_collections.ConfigDict:

@@ -7,7 +7,7 @@
 #   --dry_run       prints every command instead of running it
 #   Exits with the first status that is not 0. Their output is runs/local_processes/N.log, the first one's also here.
 #
-#   bash launch/local_processes.sh -- lamini_jax.tune --facts=facts.jsonl --workdir=runs/two --config.mesh.model=2
+#   bash launch/local_processes.sh -- lamini_jax.tune --facts=facts.jsonl --workdir=runs/two --config.execution.mesh.model=2
 
 set -euo pipefail
 # shellcheck source=launch/install.sh

@@ -15,7 +15,7 @@
 #   --dry_run         prints every command instead of running it
 #
 #   bash launch/tpu_pod.sh --bucket=my-bucket --fetch=study --spot --delete -- \
-#       experiments.randomization_test --workdir=bucket/study --config.mesh.model=4
+#       experiments.randomization_test --workdir=bucket/study --config.execution.mesh.model=4
 
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."

@@ -10,7 +10,8 @@ import helpers
 import jax
 import pytest
 
-from lamini_jax import model
+from lamini_jax.memory import routers
+from lamini_jax.training import MemoryMethod
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
@@ -33,12 +34,19 @@ def directories(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def base():
+def model():
     """A small backbone with random weights, two of its four layers with memory."""
-    return helpers.make_base()
+    return helpers.make_model()
 
 
 @pytest.fixture(scope="session")
-def routing(base):
+def router(model):
     """The router of `helpers.FACTS`."""
-    return model.make_router(helpers.CONFIG, base, [fact.question for fact in helpers.FACTS])
+    return routers.train(helpers.CONFIG, model, helpers.QUESTIONS)
+
+
+@pytest.fixture(scope="session")
+def method(model, router):
+    """Memory tuning of `helpers.FACTS`, 20 of one length; the last batch of an epoch is half empty."""
+    selection = routers.select_facts(model, router, helpers.QUESTIONS, helpers.CONFIG.memory.top_k)
+    return MemoryMethod.create(helpers.CONFIG, model, helpers.FACTS, selection)

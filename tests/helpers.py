@@ -8,49 +8,68 @@ import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
-from lamini_jax import backbone, bank, model, router, row_optimizer, tuning
-from lamini_jax.config import BackboneConfig, Config, LoraConfig, MemoryConfig, RouterConfig, TuningConfig
+from lamini_jax.backbone import frozen_model, transformer
+from lamini_jax.backbone.answering import AdapterFn
+from lamini_jax.backbone.frozen_model import FrozenModel
+from lamini_jax.backbone.tokenizer import ByteTokenizer
+from lamini_jax.config import (
+    BackboneConfig,
+    Config,
+    LoraConfig,
+    MemoryConfig,
+    OptimizerConfig,
+    RouterConfig,
+    TuningConfig,
+)
 from lamini_jax.data import batches
 from lamini_jax.data.facts import Fact, fact_id, random_answer_to
-from lamini_jax.data.tokenizer import ByteTokenizer
+from lamini_jax.memory.experts import ExpertShape
+from lamini_jax.memory.routers import FactSelection
+from lamini_jax.memory.routers import experts as expert_router
+from lamini_jax.memory.slots import EMPTY_SLOT
+from lamini_jax.runtime import checkpointing
+from lamini_jax.training import MemoryMethod, TrainMethod, loop
 
 ROOT = Path(__file__).parents[1]
-BACKBONE = BackboneConfig(num_layers=4, width=32, num_heads=4, num_kv_heads=2, head_width=8, mlp_width=48, context=128)
+BACKBONE = BackboneConfig(
+    num_layers=4, embed_dim=32, num_heads=4, num_kv_heads=2, head_dim=8, mlp_dim=48, max_seq_len=128
+)
 CONFIG = Config(
     backbone=BACKBONE,
-    memory=MemoryConfig(num_experts=4096, selected=8, layers=2),
-    router=RouterConfig(key_width=16, calibration=64),
-    tuning=TuningConfig(optimizer="adam", learning_rate=0.1, batch_size=8, epochs=4),
-    lora=LoraConfig(rank=4, optimizer="adam", learning_rate=3e-3),
+    memory=MemoryConfig(num_experts=4096, top_k=8, num_layers=2),
+    router=RouterConfig(key_dim=16, calibration_questions=64),
+    tuning=TuningConfig(OptimizerConfig("adam", 0.1), batch_size=8, epochs=4),
+    lora=LoraConfig(rank=4, optimizer=OptimizerConfig("adam", 3e-3, "linear")),
 )
 TOKENIZER = ByteTokenizer()
 
 
-def random_params(config: BackboneConfig, seed: int = 0) -> backbone.Params:
+def random_params(config: BackboneConfig, seed: int = 0) -> transformer.Params:
     """Whole parameters, drawn by numpy because that compiles nothing."""
     rng = np.random.default_rng(seed)
-    decoder = backbone.Decoder(config, 1)
-    shapes = jax.eval_shape(lambda: backbone.join(backbone.init(decoder, jax.random.key(0))))
+    decoder = transformer.Decoder(config, 1)
+    shapes = jax.eval_shape(lambda: transformer.join_layers(transformer.init(decoder, jax.random.key(0))))
 
     def draw(path, leaf):
         name = path[-1].key
         centre, spread = {"scale": (1.0, 0.2), "embedding": (0.0, 0.5)}.get(name) or (0.0, leaf.shape[-2] ** -0.5)
-        return jnp.asarray(rng.normal(centre, spread, leaf.shape), jnp.float32)
+        return jnp.asarray(rng.normal(centre, spread, leaf.shape), leaf.dtype)
 
     return jax.tree_util.tree_map_with_path(draw, shapes)
 
 
-def make_base(config: Config = CONFIG, seed: int = 0) -> model.Base:
-    """A random backbone, cut where the memory of `config` begins."""
-    decoder = backbone.Decoder(config.backbone, config.memory.layers)
-    params = backbone.put(decoder, backbone.cut(random_params(config.backbone, seed), config.memory.layers))
-    return model.Base(decoder, params, TOKENIZER)
+def make_model(config: Config = CONFIG, seed: int = 0) -> FrozenModel:
+    """A random backbone, split where the memory of `config` begins."""
+    decoder = transformer.Decoder(config.backbone, config.memory.num_layers)
+    params = transformer.split_layers(random_params(config.backbone, seed), config.memory.num_layers)
+    return FrozenModel(transformer.put(decoder, params), decoder, TOKENIZER)
 
 
 def some_facts(count: int, answer_length: int = 4) -> list[Fact]:
@@ -60,6 +79,7 @@ def some_facts(count: int, answer_length: int = 4) -> list[Fact]:
 
 
 FACTS = some_facts(20)
+QUESTIONS = [fact.question for fact in FACTS]
 
 
 def replace(config: Config, **groups) -> Config:
@@ -68,49 +88,95 @@ def replace(config: Config, **groups) -> Config:
     return dataclasses.replace(config, **changes)
 
 
-def random_router(config: Config, seed: int = 0) -> router.Router:
+def with_optimizer(config: Config, name: str, learning_rate: float) -> Config:
+    """`config` with another optimizer of the experts."""
+    return replace(config, tuning={"optimizer": OptimizerConfig(name, learning_rate)})
+
+
+def random_router(config: Config, seed: int = 0) -> expert_router.Router:
     """A router that nothing has trained."""
     rng = np.random.default_rng(seed)
-    width = config.backbone.width
-    transform_DC = rng.normal(size=(width, config.router.key_width)).astype(np.float32)
-    return router.make(config, np.zeros(width, np.float32), transform_DC)
+    width = config.backbone.embed_dim
+    transform_DC = rng.normal(size=(width, config.router.key_dim)).astype(np.float32)
+    return expert_router.make(config, np.zeros(width, np.float32), transform_DC)
 
 
-@dataclasses.dataclass(frozen=True)
-class Tuning:
-    """Everything that a step of memory tuning takes."""
-
-    config: Config
-    base: model.Base
-    shape: bank.RowShape
-    expert_ids_FK: np.ndarray
-    slots_FK: np.ndarray
-    tx: object
-    method: tuning.Method
-    facts: tuning.Facts
-
-    def fresh_state(self) -> tuning.MemoryState:
-        """The state before any step: a step takes its state's memory over, so everyone needs one of their own."""
-        num_experts = self.config.memory.num_experts
-        ids_S, _ = row_optimizer.slots_of(self.expert_ids_FK, num_experts)
-        rows_NR = bank.init(np.uint32(2), self.shape, num_experts)
-        return tuning.MemoryState(rows_NR, row_optimizer.init(self.tx, ids_S, self.shape))
+def select(config: Config, expert_ids_FK, router=None) -> FactSelection:
+    """A selection of these experts, with equal gates."""
+    expert_ids_FK = np.asarray(expert_ids_FK, np.int32)
+    gates_FK = np.full(expert_ids_FK.shape, config.memory.top_k**-0.5, np.float32)
+    return FactSelection(router, expert_ids_FK, gates_FK)
 
 
-def make_tuning(config: Config, base: model.Base, facts: list[Fact], expert_ids_FK=None, **options) -> Tuning:
-    """Facts made ready for tuning; each selects K random experts unless told which. `options` are of the buckets."""
-    memory = config.memory
+def make_method(config: Config, model: FrozenModel, facts: list[Fact], expert_ids_FK=None) -> MemoryMethod:
+    """Facts ready for memory tuning; each selects K random experts unless told which."""
     if expert_ids_FK is None:
-        rng = np.random.default_rng(1)
-        expert_ids_FK = np.stack([rng.choice(memory.num_experts, memory.selected, replace=False) for _ in facts])
-    ids_S, slots_FK = row_optimizer.slots_of(expert_ids_FK, memory.num_experts)
-    touched = row_optimizer.most_touched(slots_FK, ids_S.size, config.tuning.batch_size)
-    shape = bank.row_shape(config.backbone, memory)
-    tx = row_optimizer.make(config.tuning.optimizer, config.tuning.learning_rate)
-    method = tuning.memory_method(base.decoder, shape, memory.target, tx, touched)
-    examples = batches.encode(facts, base.tokenizer)
-    prepared = tuning.Facts(examples, tuning.memory_buckets(base, examples, expert_ids_FK, slots_FK, **options))
-    return Tuning(config, base, shape, expert_ids_FK, slots_FK, tx, method, prepared)
+        expert_ids_FK = random_experts(config, len(facts))
+    return MemoryMethod.create(config, model, facts, select(config, expert_ids_FK))
+
+
+def random_experts(config: Config, count: int, seed: int = 1) -> np.ndarray:
+    """K distinct experts for each of some facts."""
+    rng, memory = np.random.default_rng(seed), config.memory
+    return np.stack([rng.choice(memory.num_experts, memory.top_k, replace=False) for _ in range(count)])
+
+
+def with_budget(method: TrainMethod, epochs: int) -> TrainMethod:
+    """The same method, and what it has compiled, with another budget of epochs."""
+    return dataclasses.replace(method, config=replace(method.config, tuning={"epochs": epochs}))
+
+
+def train(method: TrainMethod, epochs: int) -> tuple[Any, loop.Progress]:
+    """The state after so many epochs over all facts, and the progress with its losses."""
+    method, progress = with_budget(method, epochs), loop.new_progress(len(method.facts))
+    *_, (state, _) = loop.epochs(method, method.init(), progress)
+    return state, progress
+
+
+def next_tokens(examples: batches.TokenizedFacts) -> tuple[np.ndarray, np.ndarray]:
+    """The token that each position predicts, and which of them are an answer's."""
+    position_T = np.arange(examples.tokens_FT.shape[1])
+    mask_FT = (position_T >= examples.prompt_length_F[:, None] - 1) & (position_T < examples.length_F[:, None] - 1)
+    return np.roll(examples.tokens_FT, -1, axis=1), mask_FT
+
+
+def losses_served(model: FrozenModel, adapter_fn: AdapterFn, facts: list[Fact]) -> np.ndarray:
+    """total_F: the losses of facts with the adapters that answer their questions, which are built without answers."""
+    total_F = np.zeros(len(facts), np.float32)
+    for examples in batches.encode(facts, model.tokenizer):
+        (prompts,) = batches.prompts([facts[i].question for i in examples.index_F], model.tokenizer)
+        adapters = adapter_fn(prompts.tokens_FT, prompts.length_F)
+        arrays = examples.tokens_FT, examples.start_F, examples.targets_FA
+        losses_FA = _losses_beside(model, *arrays, adapters.prefix, adapters.suffix)
+        counts_FA = np.arange(losses_FA.shape[1])[None] < examples.answer_length_F[:, None]
+        total_F[examples.index_F] = losses_FA.sum(axis=1, where=counts_FA)
+    return total_F
+
+
+@jax.jit
+def _losses_beside(model, tokens_FT, start_F, targets_FA, prefix, suffix):
+    hidden_FTD, _ = transformer.prefix(model.decoder, model.params, tokens_FT, adapter=prefix)
+    return frozen_model.token_losses(model, hidden_FTD, start_F, targets_FA, suffix)[0]
+
+
+def latest(directory: Path) -> checkpointing.Saved | None:
+    """The newest checkpoint in a directory."""
+    checkpoints = checkpointing.Checkpoints(directory)
+    saved = checkpoints.latest()
+    checkpoints.close()
+    return saved
+
+
+def progress_of(saved: checkpointing.Saved) -> loop.Progress:
+    """Where the run of a checkpoint stood."""
+    return loop.Progress(**saved.arrays["progress"], **saved.record["progress"])
+
+
+def by_expert(expert_ids_S, tables) -> tuple[np.ndarray, list[np.ndarray]]:
+    """The ids of trained experts, ascending, and the leaves of tables of slots in the same order."""
+    ids_S = np.asarray(expert_ids_S)
+    order = np.argsort(ids_S)[: np.count_nonzero(ids_S != EMPTY_SLOT)]
+    return ids_S[order], [np.asarray(leaf)[order] for leaf in jax.tree.leaves(tables)]
 
 
 def flat(rows) -> np.ndarray:
@@ -119,7 +185,7 @@ def flat(rows) -> np.ndarray:
     return np.concatenate([part.reshape(*part.shape[:-2], -1) for part in parts], axis=-1)
 
 
-def parts(rows_XR, shape: bank.RowShape) -> dict[str, jax.Array]:
+def parts(rows_XR, shape: ExpertShape) -> dict[str, jax.Array]:
     """The inverse of `flat`."""
     cut = shape.layers * shape.input_width
     split = {"down": rows_XR[..., :cut], "up": rows_XR[..., cut:]}

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import jax
 
-from lamini_jax import hf
+from lamini_jax.backbone import checkpoints
 
 
 def anonymous() -> int:
@@ -22,7 +22,7 @@ def anonymous() -> int:
 
 
 def main(directory: str):
-    jax.block_until_ready(hf.load_backbone(directory)[1])
+    jax.block_until_ready(checkpoints.load_whole(directory)[1])
     gc.collect()
     before, peak, done = anonymous(), 0, threading.Event()
 
@@ -33,7 +33,7 @@ def main(directory: str):
 
     sampler = threading.Thread(target=sample)
     sampler.start()
-    params = jax.block_until_ready(hf.load_backbone(directory)[1])
+    params = jax.block_until_ready(checkpoints.load_whole(directory)[1])
     done.set()
     sampler.join()
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(params))

@@ -24,7 +24,7 @@ def logits(directory: Path, tokens_BT: np.ndarray) -> np.ndarray:
 
 def transformers_logits(directory: Path, tokens_BT: np.ndarray) -> np.ndarray:
     """The same from the library that these files are made for; the test is skipped where it is not installed."""
-    why = "compares with transformers, which needs torch"
+    why = "compares with transformers: pip install -e .[parity]"
     transformers = pytest.importorskip("transformers", reason=why)
     torch = pytest.importorskip("torch", reason=why)
     load = transformers.AutoModelForCausalLM.from_pretrained

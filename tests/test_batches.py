@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
+from lamini_jax.backbone.tokenizer import ByteTokenizer
 from lamini_jax.data import batches
 from lamini_jax.data.facts import Fact
-from lamini_jax.data.tokenizer import ByteTokenizer
 
 TOKENIZER = ByteTokenizer()
 
@@ -87,15 +87,15 @@ def test_nothing_to_encode():
 def test_every_fact_once_per_epoch(batch_size):
     examples = batches.encode(some_facts(500), TOKENIZER)
     seen = []
-    for bucket, rows_B in batches.epoch_batches(examples, batch_size, seed=0, epoch=3):
-        assert rows_B.shape == (min(batch_size, len(examples[bucket].index_F)),)
-        assert (rows_B >= 0).any()
-        seen.extend(examples[bucket].index_F[rows_B[rows_B >= 0]])
+    for bucket, index_B in batches.epoch_batches(examples, batch_size, seed=0, epoch=3):
+        assert index_B.shape == (min(batch_size, len(examples[bucket].index_F)),)
+        assert (index_B >= 0).any()
+        seen.extend(examples[bucket].index_F[index_B[index_B >= 0]])
     assert sorted(seen) == list(range(500))
 
 
 def order(examples, seed, epoch):
-    return [(bucket, rows_B.tolist()) for bucket, rows_B in batches.epoch_batches(examples, 16, seed, epoch)]
+    return [(bucket, index_B.tolist()) for bucket, index_B in batches.epoch_batches(examples, 16, seed, epoch)]
 
 
 def test_order_depends_on_seed_and_epoch_alone():

@@ -5,14 +5,15 @@ import math
 
 import helpers
 import jax
-import numpy as np
-import optax
 import pytest
 
-from lamini_jax import bank, model, tuning
+from experiments import capacity
+from experiments.shared import flops
 from lamini_jax.data.facts import Fact
+from lamini_jax.memory import experts
+from lamini_jax.memory.routers import experts as expert_router
+from lamini_jax.training import LoraMethod
 
-capacity = helpers.without_flags("experiments.capacity")
 CONFIG = helpers.replace(helpers.CONFIG, tuning={"epochs": 300})
 FACTS = [
     Fact(fact.id, fact.question, f"{number * 6_700_417 % 10**10:010d}") for number, fact in enumerate(helpers.FACTS)
@@ -21,19 +22,19 @@ FACTS = FACTS[:6]
 MEMORY = capacity.Cell(len(FACTS), "down_proj", 8, 64)
 
 
-def measured(base, cell, directory, **settings):
+def measured(model, cell, directory, **settings):
     config = helpers.replace(CONFIG, tuning=settings)
-    features_QD = model.calibration_features(config, base, [fact.question for fact in FACTS])
-    return capacity.measure(cell, config, base, FACTS, features_QD, directory, cell.name)
+    features_QD = expert_router.calibration_features(config, model, [fact.question for fact in FACTS])
+    return capacity.measure(cell, config, model, FACTS, lambda count: features_QD, (directory, cell.name))
 
 
 @pytest.fixture(scope="module")
-def memory(base, tmp_path_factory):
-    return measured(base, MEMORY, tmp_path_factory.mktemp("memory"))
+def memory(model, tmp_path_factory):
+    return measured(model, MEMORY, tmp_path_factory.mktemp("memory"))
 
 
 def test_a_memory_is_counted_by_what_it_recalls_and_trains(memory):
-    floats = 2 * (helpers.BACKBONE.mlp_width + helpers.BACKBONE.width)
+    floats = 2 * (helpers.BACKBONE.mlp_dim + helpers.BACKBONE.embed_dim)
     assert memory["recall"] == 1 and memory["recalled"] == memory["certificates"]["certified"] == len(FACTS)
     assert memory["load"] == len(FACTS) * 8 / 64
     assert 8 <= memory["experts_used"] <= 48 and memory["trained_parameters"] == memory["experts_used"] * floats
@@ -41,24 +42,23 @@ def test_a_memory_is_counted_by_what_it_recalls_and_trains(memory):
     assert memory["bits_per_parameter"] == pytest.approx(bits / memory["trained_parameters"])
     # Tuned until certain, the digits still cost something.
     assert 0 < memory["coded_bits_per_parameter"] < memory["bits_per_parameter"]
-    assert memory["bits_per_parameter_with_backbone"] < memory["bits_per_parameter"]
 
 
-def test_what_is_not_recalled_counts_nothing(base, tmp_path):
-    result = measured(base, MEMORY, tmp_path, epochs=1)
+def test_what_is_not_recalled_counts_nothing(model, tmp_path):
+    result = measured(model, MEMORY, tmp_path, epochs=1)
     assert result["epochs"] == 1 and result["recalled"] == 0
     assert result["bits_per_parameter"] == result["facts_per_second"] == 0
 
 
-def test_a_lora_of_equal_size(base):
+def test_a_lora_of_equal_size(model):
     cells = capacity.cells(CONFIG, [7, 3])
-    per_rank = capacity.floats_per_rank(CONFIG.backbone)
-    state = tuning.lora_state(base.decoder, 3, optax.sgd(0.1), np.uint32(0))
-    assert sum(leaf.size for leaf in jax.tree.leaves(state.adapters)) == 3 * per_rank
+    per_rank = flops.lora_rank_parameters(CONFIG.backbone)
+    lora = LoraMethod.create(helpers.replace(CONFIG, lora={"rank": 3}), model, FACTS)
+    assert sum(leaf.size for leaf in jax.tree.leaves(lora.fresh())) == 3 * per_rank
     ranks = [cell.rank for cell in cells if cell.rank]
-    for (target, _, num_experts), rank in zip(capacity.BESIDE, ranks, strict=True):
-        row = bank.row_shape(CONFIG.backbone, dataclasses.replace(CONFIG.memory, target=target))
-        assert rank == 1 or abs(rank * per_rank - num_experts * row.floats) <= per_rank / 2
+    for (target, num_experts), rank in zip(capacity.BESIDE, ranks, strict=True):
+        shape = experts.expert_shape(CONFIG.backbone, dataclasses.replace(CONFIG.memory, target=target))
+        assert rank == 1 or abs(rank * per_rank - num_experts * shape.floats) <= per_rank / 2
     assert [cell.count for cell in cells[-2:]] == [3, 7] and cells[-1].num_experts == CONFIG.memory.num_experts
 
 
@@ -71,14 +71,17 @@ def cell(**changes):
         "epochs": 9,
         "facts_per_second": 5.0,
         "rank": 0,
-        "selected": 2,
+        "top_k": 2,
     }
     bits = {"bits_per_parameter": 0.5}
     return {"name": "c", "target": "o_proj", **numbers, **bits, **changes}
 
 
 def verdicts(results, own):
-    return [claim["verdict"] for claim in capacity.claims(results, own)]
+    cells = [result | {"own": False} for result in results] + [result | {"own": True} for result in own]
+    cells = [result | {"name": f"cell {number}"} for number, result in enumerate(cells)]
+    arithmetic = capacity.arithmetic(max(result["bits_per_parameter"] for result in cells))
+    return [claim.verdict for claim in capacity.claims({"cells": cells, "paper_arithmetic": arithmetic})]
 
 
 def test_verdicts_follow_the_measurements():

@@ -11,11 +11,12 @@ import jax
 import numpy as np
 import pytest
 from helpers import call
+from refusals import refuse
 from safetensors.numpy import load_file
-from test_commands import FLAGS, contents, read_lines, refuse
+from test_commands import FLAGS, contents, read_lines
 
-from lamini_jax import backbone, hf
-from lamini_jax.data import tokenizer
+from lamini_jax.backbone import checkpoints as formats
+from lamini_jax.backbone.checkpoints import shipped
 
 FACTS = [
     dataclasses.replace(fact, answer=answer)
@@ -43,7 +44,7 @@ def run(tmp_path_factory):
     directory = tmp_path_factory.mktemp("checkpoint")
     checkpoint = checkpoints.make(directory / "here", "llama", num_hidden_layers=3, num_key_value_heads=1)
     facts, workdir = helpers.write_facts(directory / "facts.jsonl", FACTS), directory / "workdir"
-    flags = [f"--config.backbone.path={checkpoint}", "--config.backbone.context=80", "--config.tuning.epochs=300"]
+    flags = [f"--config.backbone.path={checkpoint}", "--config.backbone.max_seq_len=80", "--config.tuning.epochs=300"]
     return Run(checkpoint, facts, workdir, call("tune", f"--facts={facts}", f"--workdir={workdir}", *flags, *FLAGS))
 
 
@@ -127,17 +128,19 @@ def test_some_questions_alone(run, exported, details, tmp_path):
     whole, part = (load_file(directory / "memory.safetensors") for directory in (exported[0], tmp_path / "out"))
     assert part["expert_ids_S"].tolist() == sorted(details[0]["expert_ids"])
     places = np.searchsorted(whole["expert_ids_S"], part["expert_ids_S"])
-    for name in ("down_rows_SR", "up_rows_SR"):
+    for name in ("down_SR", "up_SR"):
         assert helpers.same_bits(part[name], whole[name][places])
     assert len(whole["expert_ids_S"]) == len({i for line in details[:3] for i in line["expert_ids"]})
 
 
 def test_samples_are_a_matter_of_the_seed(run):
-    flags = run.flag, f"--question={UNTUNED}", "--temperature=2"
-    results = [helpers.finish(process) for process in [helpers.start("ask", *flags, f"--seed={i}") for i in (1, 1, 2)]]
-    first, again, other = [result.stdout for result in results]
-    assert first == again != other
-    assert [result.returncode for result in results] == [0, 0, 0]
+    """Line by line they have the next seeds, so that the second of two lines is asked as a question alone is."""
+    alone = helpers.start("ask", run.flag, "--temperature=2", f"--question={UNTUNED}", "--seed=2")
+    lines = call("ask", run.flag, "--temperature=2", "--seed=0", stdin=f"{UNTUNED}\n{UNTUNED}\n")
+    alone = helpers.finish(alone)
+    assert lines.stdout.endswith(alone.stdout)
+    assert lines.stdout.removesuffix(alone.stdout) not in ("", alone.stdout)
+    assert (alone.returncode, lines.returncode) == (0, 0)
 
 
 def test_an_adapter(run, tmp_path):
@@ -153,10 +156,12 @@ def test_the_backbone_that_ships(tmp_path):
     """In files that are read as any checkpoint is."""
     result = call("export", "--format=backbone", f"--output={tmp_path / 'tiny'}")
     assert (result.returncode, result.stderr) == (0, ""), result
-    (config, params), (shipped, expected) = hf.load_backbone(tmp_path / "tiny"), backbone.shipped()
-    assert dataclasses.replace(config, path="") == dataclasses.replace(shipped, dtype="float32")
-    assert helpers.same_bits(params, jax.tree.map(np.asarray, expected))
-    assert tokenizer.load(tmp_path / "tiny", config.vocab_size).prompt("Who?") == helpers.TOKENIZER.prompt("Who?")
+    path, (known, expected) = str(tmp_path / "tiny"), shipped.load()
+    config, params = formats.load_whole(path)
+    assert dataclasses.replace(config, path="") == dataclasses.replace(known, dtype="float32")
+    assert helpers.same_bits(jax.tree.map(np.asarray, params), jax.tree.map(np.asarray, expected))
+    tokenizer = formats.load_tokenizer(config)
+    assert tokenizer.prompt("Who?") == helpers.TOKENIZER.prompt("Who?")
 
 
 def test_commands_refuse_bad_input(run, exported, tmp_path):
@@ -183,7 +188,7 @@ def test_commands_refuse_bad_input(run, exported, tmp_path):
         ([f"--memory={damaged}", question], [damaged, "memory.safetensors"]),
         ([serve, f"--backbone={moved}", "--question=Who?<|eot_id|>"], ["--question", "<|eot_id|>"]),
     )
-    refuse("ask", cases)
+    refuse("lamini_jax.ask", cases)
     cases = (
         ([new], ["--workdir"]),
         ([run.flag], ["--output"]),
@@ -195,23 +200,23 @@ def test_commands_refuse_bad_input(run, exported, tmp_path):
         ([f"--workdir={tmp_path / 'none'}", new], ["--workdir=", tmp_path / "none"]),
         ([f"--workdir={changed}", new], ["another backbone", other]),
     )
-    refuse("export", cases)
+    refuse("lamini_jax.export", cases)
     workdir = f"--workdir={tmp_path / 'workdir'}"
     cases = (
         ([workdir, f"--facts={bad}", f"--config.backbone.path={other}"], [bad, "line 1", "<|eot_id|>"]),
         ([workdir, f"--facts={run.facts}", f"--config.backbone.path={mamba}"], [mamba, "mamba"]),
         (
-            [workdir, f"--facts={run.facts}", f"--config.backbone.path={other}", "--config.backbone.width=32"],
-            ["--config.backbone.width=32", "64"],
+            [workdir, f"--facts={run.facts}", f"--config.backbone.path={other}", "--config.backbone.embed_dim=32"],
+            ["--config.backbone.embed_dim=32", "64"],
         ),
         (
-            [workdir, f"--facts={run.facts}", f"--config.backbone.path={other}", "--config.memory.layers=3"],
-            ["--config.memory.layers=3"],
+            [workdir, f"--facts={run.facts}", f"--config.backbone.path={other}", "--config.memory.num_layers=3"],
+            ["--config.memory.num_layers=3"],
         ),
         (
-            [workdir, f"--facts={run.facts}", f"--config.backbone.path={other}", "--config.backbone.context=1024"],
-            ["--config.backbone.context=1024", "512"],
+            [workdir, f"--facts={run.facts}", f"--config.backbone.path={other}", "--config.backbone.max_seq_len=1024"],
+            ["--config.backbone.max_seq_len=1024", "512"],
         ),
     )
-    refuse("tune", cases)
+    refuse("lamini_jax.tune", cases)
     assert contents(tmp_path.parent) == before

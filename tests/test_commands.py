@@ -4,26 +4,18 @@ import json
 
 import helpers
 import pytest
+from refusals import refuse
+
+from lamini_jax.errors import OTHER_RUN
 
 FACTS = helpers.some_facts(2, answer_length=3)
 FLAGS = (
     "--config.memory.num_experts=4096",
-    "--config.router.calibration=64",
-    "--config.tuning.optimizer=adam",
-    "--config.tuning.learning_rate=0.1",
+    "--config.router.calibration_questions=64",
+    "--config.tuning.optimizer.name=adam",
+    "--config.tuning.optimizer.learning_rate=0.1",
     "--config.tuning.batch_size=2",
 )
-
-
-def refuse(module, cases):
-    """Runs a command on each case, all at once, and expects one line each that tells of the mistake."""
-    running = [(helpers.start(module, *arguments), told) for arguments, told in cases]
-    for process, told in running:
-        result = helpers.finish(process)
-        assert (result.returncode, result.stdout, result.stderr.count("\n")) == (2, "", 1), result
-        assert result.stderr.startswith("error: "), result
-        for part in told:
-            assert str(part) in result.stderr
 
 
 def contents(directory):
@@ -81,11 +73,12 @@ def test_all_hold(finished):
 
 
 def test_a_finished_directory_is_done(finished, facts):
-    workdir, _ = finished
+    """The same line again, and nothing is changed."""
+    workdir, first = finished
     before = contents(workdir)
     result = helpers.call("tune", f"--facts={facts}", f"--workdir={workdir}", "--config.tuning.epochs=300", *FLAGS)
     assert (result.returncode, result.stderr) == (0, "")
-    assert "done" in result.stdout and result.stdout.count("\n") == 1
+    assert result.stdout == first.stdout and result.stdout.count("\n") == 1
     assert contents(workdir) == before
 
 
@@ -98,12 +91,12 @@ def test_tune_refuses_bad_input(facts, tmp_path):
         ([workdir, f"--facts={tmp_path / 'missing.jsonl'}"], ["missing.jsonl"]),
         ([workdir, f"--facts={bad}"], [bad, "line 3"]),
         (
-            [workdir, f"--facts={facts}", "--config.memory.num_experts=8", "--config.memory.selected=9"],
-            ["--config.memory.selected=9"],
+            [workdir, f"--facts={facts}", "--config.memory.num_experts=8", "--config.memory.top_k=9"],
+            ["--config.memory.top_k=9"],
         ),
-        ([workdir, f"--facts={facts}", "--config.backbone.width=64"], ["--config.backbone.width=64"]),
+        ([workdir, f"--facts={facts}", "--config.backbone.embed_dim=64"], ["--config.backbone.embed_dim=64"]),
     )
-    refuse("tune", cases)
+    refuse("lamini_jax.tune", cases)
     assert list(tmp_path.iterdir()) == [bad]
 
 
@@ -116,7 +109,7 @@ def test_tune_refuses_a_directory_of_another_run(finished, facts, tmp_path):
         ([flag, f"--facts={facts}", *FLAGS, "--config.seed=1"], [flag, "config.seed: 0 -> 1"]),
         ([flag, f"--facts={other}", *FLAGS], [flag, "facts: "]),
     )
-    refuse("tune", cases)
+    refuse("lamini_jax.tune", cases, status=OTHER_RUN)
     assert contents(workdir) == before
 
 
@@ -165,5 +158,5 @@ def test_ask_refuses_bad_input(finished, facts, tmp_path):
         ([flag, f"--questions={bad}", output], [bad, "line 2"]),
         ([flag, f"--questions={facts}", f"--output={tmp_path / 'no' / 'a'}"], ["--output="]),
     )
-    refuse("ask", cases)
+    refuse("lamini_jax.ask", cases)
     assert contents(tmp_path) == before

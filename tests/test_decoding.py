@@ -1,11 +1,14 @@
 """Decoding with a cache returns what reading everything anew for each token would."""
 
+import dataclasses
+
 import helpers
 import jax
 import numpy as np
 import pytest
 
-from lamini_jax import backbone, decoding
+from lamini_jax.backbone import decoding, transformer
+from lamini_jax.backbone.tokenizer import ByteTokenizer
 
 LENGTHS = np.array([3, 10, 64, 37], np.int32)
 LONGEST = 24
@@ -17,24 +20,24 @@ def prompt_BT():
     return np.random.default_rng(0).integers(256, size=(len(LENGTHS), 64)).astype(np.int32)
 
 
-def reading_everything_anew(base, prompt_BT, length_B, steps):
+def reading_everything_anew(model, prompt_BT, length_B, steps):
     """The likeliest tokens, one forward pass of the whole model for each."""
-    config, params = base.decoder.config, backbone.join(base.params)
-    logits = jax.jit(lambda tokens_BT: backbone.logits(config, params, tokens_BT))
-    rows_B = np.arange(len(length_B))
+    config, params = model.decoder.config, transformer.join_layers(model.params)
+    logits = jax.jit(lambda tokens_BT: transformer.logits(config, params, tokens_BT))
+    index_B = np.arange(len(length_B))
     tokens_BT = np.zeros((len(length_B), prompt_BT.shape[1] + steps), np.int32)
     tokens_BT[:, : prompt_BT.shape[1]] = prompt_BT
     answer_BA = np.empty((len(length_B), steps), np.int32)
     for step in range(steps):
         logits_BTV = np.asarray(logits(tokens_BT))
-        answer_BA[:, step] = logits_BTV[rows_B, length_B + step - 1].argmax(axis=-1)
-        tokens_BT[rows_B, length_B + step] = answer_BA[:, step]
+        answer_BA[:, step] = logits_BTV[index_B, length_B + step - 1].argmax(axis=-1)
+        tokens_BT[index_B, length_B + step] = answer_BA[:, step]
     return answer_BA
 
 
 @pytest.fixture(scope="module")
-def expected_BA(base, prompt_BT):
-    return reading_everything_anew(base, prompt_BT, LENGTHS, LONGEST)
+def expected_BA(model, prompt_BT):
+    return reading_everything_anew(model, prompt_BT, LENGTHS, LONGEST)
 
 
 @pytest.fixture(scope="module")
@@ -56,96 +59,108 @@ def stopped(answer_BA, stop_id, longest):
     return answer_BA
 
 
-def greedy(base, prompt_BT, length_B, longest, stop_id):
-    return np.asarray(decoding.generate(base.decoder, base.params, prompt_BT, length_B, longest, (stop_id,))[0])
+@dataclasses.dataclass(frozen=True)
+class OtherStops(ByteTokenizer):
+    """Answers end with these tokens."""
+
+    stop_ids: tuple[int, ...]
 
 
-def test_with_the_cache_as_without(base, prompt_BT, expected_BA, stop_id):
-    answer_BA = greedy(base, prompt_BT, LENGTHS, LONGEST, stop_id)
-    assert answer_BA.shape == (len(LENGTHS), helpers.BACKBONE.context)
+def stopping(model, *stop_ids):
+    """The model with other stop tokens."""
+    return model.replace(tokenizer=OtherStops(stop_ids))
+
+
+def greedy(model, prompt_BT, length_B, longest, stop_id):
+    return np.asarray(decoding.generate(stopping(model, stop_id), prompt_BT, length_B, longest)[0])
+
+
+def test_with_the_cache_as_without(model, prompt_BT, expected_BA, stop_id):
+    answer_BA = greedy(model, prompt_BT, LENGTHS, LONGEST, stop_id)
+    assert answer_BA.shape == (len(LENGTHS), helpers.BACKBONE.max_seq_len)
     assert (answer_BA[:, :LONGEST] == stopped(expected_BA, stop_id, LONGEST)).all()
 
 
-def test_nothing_after_the_stop_token(base, prompt_BT, stop_id):
-    answer_BA = greedy(base, prompt_BT, LENGTHS, LONGEST, stop_id)
+def test_nothing_after_the_stop_token(model, prompt_BT, stop_id):
+    answer_BA = greedy(model, prompt_BT, LENGTHS, LONGEST, stop_id)
     lengths = [np.flatnonzero(answer_A == stop_id)[0] for answer_A in answer_BA]
     assert min(lengths) < LONGEST == max(lengths)
     for answer_A, length in zip(answer_BA, lengths, strict=True):
         assert (answer_A[length:] == stop_id).all()
 
 
-def test_at_most_longest_tokens_and_one_compilation_for_all(base, prompt_BT, expected_BA, stop_id):
-    greedy(base, prompt_BT, LENGTHS, LONGEST, stop_id)
-    compilations = decoding.start._cache_size(), decoding.proceed._cache_size()
+def test_at_most_longest_tokens_and_one_compilation_for_all(model, prompt_BT, expected_BA, stop_id):
+    greedy(model, prompt_BT, LENGTHS, LONGEST, stop_id)
+    compilations = decoding.prefill._cache_size(), decoding.decode._cache_size()
     for longest in (1, 2, 13):
-        answer_BA = greedy(base, prompt_BT, LENGTHS, longest, stop_id)
+        answer_BA = greedy(model, prompt_BT, LENGTHS, longest, stop_id)
         assert (answer_BA[:, :LONGEST] == stopped(expected_BA, stop_id, longest)).all()
         assert (answer_BA[:, LONGEST:] == stop_id).all()
-    assert (decoding.start._cache_size(), decoding.proceed._cache_size()) == compilations
+    assert (decoding.prefill._cache_size(), decoding.decode._cache_size()) == compilations
 
 
-def test_padding_is_never_read(base, prompt_BT, stop_id):
-    before_BA = greedy(base, prompt_BT, LENGTHS, LONGEST, stop_id)
+def test_padding_is_never_read(model, prompt_BT, stop_id):
+    before_BA = greedy(model, prompt_BT, LENGTHS, LONGEST, stop_id)
     padding_BT = np.arange(prompt_BT.shape[1]) >= LENGTHS[:, None]
-    after_BA = greedy(base, np.where(padding_BT, 255 - prompt_BT, prompt_BT), LENGTHS, LONGEST, stop_id)
+    after_BA = greedy(model, np.where(padding_BT, 255 - prompt_BT, prompt_BT), LENGTHS, LONGEST, stop_id)
     assert (after_BA == before_BA).all()
 
 
-def test_a_long_neighbour_takes_no_room_from_an_answer(base, prompt_BT, stop_id):
-    """Each answer may be as long as the context leaves room beside its own prompt."""
-    context = helpers.BACKBONE.context
-    lengths = np.array([3, 10, 64, context - 5], np.int32)
-    wide_BT = np.tile(prompt_BT, (1, context // prompt_BT.shape[1]))
-    answer_BA = greedy(base, wide_BT, lengths, context, stop_id)
+def test_a_long_neighbour_takes_no_room_from_an_answer(model, prompt_BT, stop_id):
+    """Each answer may be as long as the longest sequence leaves room beside its own prompt."""
+    room = helpers.BACKBONE.max_seq_len
+    lengths = np.array([3, 10, 64, room - 5], np.int32)
+    wide_BT = np.tile(prompt_BT, (1, room // prompt_BT.shape[1]))
+    answer_BA = greedy(model, wide_BT, lengths, room, stop_id)
     for row, length in enumerate(lengths):
-        alone_BA = greedy(
-            base, np.tile(wide_BT[row], (len(lengths), 1)), np.full_like(lengths, length), context, stop_id
-        )
+        alone_BA = greedy(model, np.tile(wide_BT[row], (len(lengths), 1)), np.full_like(lengths, length), room, stop_id)
         assert (answer_BA[row] == alone_BA[0]).all()
-        assert (answer_BA[row, context - length :] == stop_id).all()
+        assert (answer_BA[row, room - length :] == stop_id).all()
 
 
-def test_any_of_several_tokens_stops(base, prompt_BT, expected_BA, stop_id):
+def test_any_of_several_tokens_stops(model, prompt_BT, expected_BA, stop_id):
     """The answer ends before it, and is filled up with the first of them."""
     filler = int(np.setdiff1d(np.arange(256), expected_BA)[0])
-    answer_BA, _ = decoding.generate(base.decoder, base.params, prompt_BT, LENGTHS, LONGEST, (filler, stop_id))
-    alone_BA = greedy(base, prompt_BT, LENGTHS, LONGEST, stop_id)
+    answer_BA, _ = decoding.generate(stopping(model, filler, stop_id), prompt_BT, LENGTHS, LONGEST)
+    alone_BA = greedy(model, prompt_BT, LENGTHS, LONGEST, stop_id)
     for answer_A, alone_A in zip(np.asarray(answer_BA), alone_BA, strict=True):
         length = np.flatnonzero(alone_A == stop_id)[0]
         assert (answer_A[:length] == alone_A[:length]).all()
         assert (answer_A[length + 1 :] == filler).all()
 
 
-def test_token_by_token_as_at_once(base, prompt_BT, stop_id):
+def test_token_by_token_as_at_once(model, prompt_BT, stop_id):
     """What is streamed is what would have been said at once."""
-    arguments = base.decoder, base.params
-    state = decoding.start(*arguments, prompt_BT, LENGTHS, LONGEST, (stop_id,))
+    model = stopping(model, stop_id)
+    state = decoding.prefill(model, prompt_BT, LENGTHS, LONGEST)
     for step in range(1, LONGEST + 2):
-        state = decoding.proceed(*arguments, state, step, (stop_id,))
-    answer_BA, probability_B = decoding.generate(*arguments, prompt_BT, LENGTHS, LONGEST, (stop_id,))
+        state = decoding.decode(model, state, step)
+    answer_BA, probability_B = decoding.generate(model, prompt_BT, LENGTHS, LONGEST)
     assert helpers.same_bits(state.answer_BA, answer_BA)
-    assert helpers.same_bits(np.exp(state.least_B), probability_B)
+    assert helpers.same_bits(state.probability_B, probability_B)
 
 
-def test_the_least_probability_is_that_of_the_least_likely_token(base, prompt_BT, stop_id):
+def test_the_least_probability_is_that_of_the_least_likely_token(model, prompt_BT, stop_id):
     """Of the answer's tokens, its stop token included where it was said."""
-    answer_BA, probability_B = decoding.generate(base.decoder, base.params, prompt_BT, LENGTHS, LONGEST, (stop_id,))
-    config, params = base.decoder.config, backbone.join(base.params)
+    answer_BA, probability_B = decoding.generate(stopping(model, stop_id), prompt_BT, LENGTHS, LONGEST)
+    config, params = model.decoder.config, transformer.join_layers(model.params)
     for prompt_T, length, answer_A, probability in zip(prompt_BT, LENGTHS, answer_BA, probability_B, strict=True):
         said = np.asarray(answer_A)[: min(LONGEST, np.flatnonzero(np.asarray(answer_A) == stop_id)[0] + 1)]
         tokens_BT = np.concatenate([prompt_T[:length], said])[None]
-        log_BTV = jax.nn.log_softmax(backbone.logits(config, params, tokens_BT))
+        log_BTV = jax.nn.log_softmax(transformer.logits(config, params, tokens_BT))
         least = min(float(log_BTV[0, length - 1 + i, token]) for i, token in enumerate(said))
         assert np.log(probability) == pytest.approx(least, abs=1e-4)
 
 
-def test_samples_follow_the_probabilities(base, prompt_BT):
+def test_samples_follow_the_probabilities(model, prompt_BT):
     """The first tokens of many answers to one prompt, against softmax(logits / temperature)."""
     count, temperature = 4096, 0.7
     prompts_BT, lengths_B = np.tile(prompt_BT[1], (count, 1)), np.full(count, LENGTHS[1])
     sampling = decoding.Sampling(jax.random.key(0), np.float32(temperature))
-    state = decoding.start(base.decoder, base.params, prompts_BT, lengths_B, 1, (0,), sampling=sampling)
-    logits_BTV = backbone.logits(base.decoder.config, backbone.join(base.params), prompt_BT[1:2, : LENGTHS[1]])
+    state = decoding.prefill(model, prompts_BT, lengths_B, 1, sampling=sampling)
+    logits_BTV = transformer.logits(
+        model.decoder.config, transformer.join_layers(model.params), prompt_BT[1:2, : LENGTHS[1]]
+    )
     expected_V = np.asarray(jax.nn.softmax(logits_BTV[0, -1] / temperature))
     found_V = np.bincount(np.asarray(state.token_B), minlength=expected_V.size) / count
     assert np.abs(found_V - expected_V).max() < 4 * (expected_V.max() / count) ** 0.5
@@ -155,8 +170,8 @@ def test_samples_follow_the_probabilities(base, prompt_BT):
 def test_with_the_cache_as_without_in_other_families(prompt_BT):
     """A window shorter than the prompts, biases, norms of heads, and scaled rotary positions."""
     changes = {"sliding_window": 7, "qkv_bias": True, "qk_norm": True, "tied_embeddings": False}
-    changes |= {"rope_scaling": "llama3", "rope_factor": 8.0, "rope_original_context": 32}
-    base = helpers.make_base(helpers.replace(helpers.CONFIG, backbone=changes), seed=1)
-    expected_BA = reading_everything_anew(base, prompt_BT, LENGTHS, 8)
-    answer_BA = greedy(base, prompt_BT, LENGTHS, 8, 256)
+    changes |= {"rope_scaling": "llama3", "rope_factor": 8.0, "rope_original_max_seq_len": 32}
+    model = helpers.make_model(helpers.replace(helpers.CONFIG, backbone=changes), seed=1)
+    expected_BA = reading_everything_anew(model, prompt_BT, LENGTHS, 8)
+    answer_BA = greedy(model, prompt_BT, LENGTHS, 8, 256)
     assert (answer_BA[:, :8] == expected_BA).all()

@@ -15,12 +15,17 @@ import reference
 from reference import relative_error
 from safetensors.numpy import load_file, save_file
 
-from lamini_jax import backbone, bank, hf, memory, model, recall
+from lamini_jax import exports
+from lamini_jax.backbone import answering, frozen_model, transformer
+from lamini_jax.backbone import checkpoints as formats
+from lamini_jax.backbone.checkpoints import huggingface
 from lamini_jax.config import BackboneConfig, to_config_dict
-from lamini_jax.errors import BAD_INPUT, UserError
+from lamini_jax.configure import configure
+from lamini_jax.errors import BAD_INPUT, OTHER_RUN, UserError
+from lamini_jax.memory import experts, routers, storage
 
 QUESTIONS = ["Who?", "What is 12 plus 34?", "Where is the red box of Ada Stone, and why?", "\u00dcber was?"]
-CONFIG = helpers.replace(helpers.CONFIG, memory={"num_experts": 1024, "selected": 4})
+CONFIG = helpers.replace(helpers.CONFIG, memory={"num_experts": 1024, "top_k": 4})
 
 
 class World(NamedTuple):
@@ -28,67 +33,69 @@ class World(NamedTuple):
 
     directory: object
     config: object
-    base: model.Base
-    memory: memory.Memory
+    model: frozen_model.FrozenModel
+    memory: storage.StoredMemory
     expert_ids_FK: np.ndarray
 
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
     directory = checkpoints.make(tmp_path_factory.mktemp("world") / "checkpoint", "llama", num_hidden_layers=3)
-    asked = BackboneConfig(path=str(directory), context=96)
-    config = model.configure(to_config_dict(dataclasses.replace(CONFIG, backbone=asked)))
-    base, routing = model.load_base(config), helpers.random_router(config)
-    expert_ids_FK = model.select_all(base, routing, QUESTIONS, config.memory.selected)
+    asked = BackboneConfig(path=str(directory), max_seq_len=96)
+    config = configure(to_config_dict(dataclasses.replace(CONFIG, backbone=asked)))
+    model, router = frozen_model.load(config), helpers.random_router(config)
+    expert_ids_FK = routers.select_facts(model, router, QUESTIONS, config.memory.top_k).expert_ids_FK
     ids_S = np.unique(expert_ids_FK)
-    return World(directory, config, base, random_memory(config, base, routing, ids_S), expert_ids_FK)
+    return World(directory, config, model, random_memory(config, model, router, ids_S), expert_ids_FK)
 
 
-def random_memory(config, base, routing, ids_S):
-    rng, shape = np.random.default_rng(0), bank.row_shape(config.backbone, config.memory)
-    rows_SR = {
+def random_memory(config, model, router, ids_S):
+    rng, shape = np.random.default_rng(0), experts.expert_shape(config.backbone, config.memory)
+    experts_SR = {
         name: jnp.asarray(rng.normal(size=part) * part[-1] ** -0.5, config.memory.dtype)
         for name, part in shape.parts(ids_S.size).items()
     }
-    return memory.Memory(routing, jnp.asarray(ids_S), rows_SR, base.fingerprint)
+    return storage.StoredMemory(router, jnp.asarray(ids_S), experts_SR, model.fingerprint)
 
 
 def said(world, tuned, questions=QUESTIONS):
     """Everything there is to an answer: text, probability, experts."""
-    return dict(recall.ask(world.base, memory.adapt_with(world.base, tuned, world.config), questions, longest=12))
+    return dict(
+        answering.ask(world.model, storage.adapter_fn(world.model, tuned, world.config), questions, max_new_tokens=12)
+    )
 
 
 def written(world, directory, tuned=None, expert_ids=None):
     """A memory written and read again."""
     directory.mkdir()
-    memory.write(directory, world.config, tuned or world.memory, expert_ids)
-    return memory.of_export(memory.config_of_export(directory), directory)
+    storage.save_export(directory, world.config, tuned or world.memory, expert_ids)
+    return storage.load_export(storage.export_config(directory), directory)
 
 
-def assert_one_line(do, *words):
+def assert_one_line(do, *words, status=BAD_INPUT):
     with pytest.raises(UserError) as error:
         do()
     message = str(error.value)
-    assert error.value.status == BAD_INPUT and "\n" not in message
+    assert error.value.status == status and "\n" not in message
     assert all(str(word) in message for word in words), message
 
 
 def test_a_memory_says_the_same_after_export(world, tmp_path):
     again = written(world, tmp_path / "out")
-    assert memory.config_of_export(tmp_path / "out") == world.config
+    assert storage.export_config(tmp_path / "out") == world.config
     expected = said(world, world.memory)
     assert said(world, again) == expected
     texts = [expected[number].text for number in range(len(QUESTIONS))]
-    assert texts != recall.answers(world.base, recall.bare, QUESTIONS, longest=12)
-    other_rows = jax.tree.map(lambda rows_SX: 1.01 * rows_SX, world.memory.rows_SR)
-    assert said(world, dataclasses.replace(world.memory, rows_SR=other_rows)) != expected
+    assert texts != answering.answers(world.model, answering.BARE, QUESTIONS, max_new_tokens=12)
+    other = jax.tree.map(lambda table_SX: 1.01 * table_SX, world.memory.experts_SR)
+    assert said(world, dataclasses.replace(world.memory, experts_SR=other)) != expected
 
 
 def test_rows_in_bfloat16_stay_what_they_are(world, tmp_path):
     config = helpers.replace(world.config, memory={"dtype": "bfloat16"})
-    tuned = random_memory(config, world.base, world.memory.routing, np.asarray(world.memory.expert_ids_S))
+    tuned = random_memory(config, world.model, world.memory.router, np.asarray(world.memory.expert_ids_S))
     again = written(world._replace(config=config), tmp_path / "out", tuned)
-    assert helpers.same_bits(again.rows_SR, tuned.rows_SR)
+    assert helpers.same_bits(again.experts_SR, tuned.experts_SR)
 
 
 def test_some_questions_need_their_experts_alone(world, tmp_path):
@@ -97,7 +104,7 @@ def test_some_questions_need_their_experts_alone(world, tmp_path):
     again = written(world, tmp_path / "out", expert_ids=ids)
     assert set(np.asarray(again.expert_ids_S).tolist()) == set(ids.ravel().tolist())
     assert len(np.asarray(again.expert_ids_S)) < len(np.asarray(world.memory.expert_ids_S))
-    assert load_file(tmp_path / "out" / "memory.safetensors")["up_rows_SR"].shape[0] == np.unique(ids).size
+    assert load_file(tmp_path / "out" / "memory.safetensors")["up_SR"].shape[0] == np.unique(ids).size
     questions = 2 * [QUESTIONS[number] for number in chosen]  # as many as elsewhere, so that nothing compiles anew
     assert said(world, again, questions) == said(world, world.memory, questions)
 
@@ -106,7 +113,7 @@ def test_untrained_experts_add_nothing(world, tmp_path):
     """A question that shares no expert with any fact is answered by the backbone, by an empty file too."""
     again = written(world, tmp_path / "out", expert_ids=np.array([], int))
     texts = [said(world, again)[number].text for number in range(len(QUESTIONS))]
-    assert texts == recall.answers(world.base, recall.bare, QUESTIONS, longest=12)
+    assert texts == answering.answers(world.model, answering.BARE, QUESTIONS, max_new_tokens=12)
 
 
 def test_a_memory_of_another_backbone_is_refused(world, tmp_path):
@@ -115,10 +122,10 @@ def test_a_memory_of_another_backbone_is_refused(world, tmp_path):
     weights = load_file(directory / "model.safetensors")
     weights["model.layers.0.mlp.up_proj.weight"] += 1e-3
     checkpoints.save_weights(directory, weights)
-    found = hf.fingerprint(directory)
-    other = dataclasses.replace(world.base, fingerprint=found)
-    words = (found, world.base.fingerprint, "another backbone")
-    assert_one_line(lambda: memory.adapt_with(other, world.memory, world.config), *words)
+    found = huggingface.fingerprint(directory)
+    other = dataclasses.replace(world.model, fingerprint=found)
+    words = (found, world.model.fingerprint, "another backbone")
+    assert_one_line(lambda: storage.adapter_fn(other, world.memory, world.config), *words)
 
 
 @pytest.fixture(scope="module")
@@ -128,19 +135,19 @@ def weights(world):
 
 def test_a_fingerprint_is_of_the_weights_and_not_of_their_files(world, weights, tmp_path):
     checkpoints.save_weights(tmp_path, weights, shards=4)
-    assert hf.fingerprint(tmp_path) == hf.fingerprint(world.directory) == world.base.fingerprint
+    assert huggingface.fingerprint(tmp_path) == huggingface.fingerprint(world.directory) == world.model.fingerprint
     assert not (tmp_path / "model.safetensors").exists()
 
 
 def test_every_tensor_is_in_the_fingerprint(world, weights, tmp_path):
-    found = {world.base.fingerprint}
+    found = {world.model.fingerprint}
     for name in weights:
         checkpoints.save_weights(tmp_path, {**weights, name: weights[name] + np.float32(1e-3)})
-        found.add(hf.fingerprint(tmp_path))
+        found.add(huggingface.fingerprint(tmp_path))
     assert len(found) == 1 + len(weights)
     for other in (weights["model.norm.weight"].astype(np.float16), weights["model.norm.weight"][:-1].copy()):
         checkpoints.save_weights(tmp_path, {**weights, "model.norm.weight": other})
-        found.add(hf.fingerprint(tmp_path))
+        found.add(huggingface.fingerprint(tmp_path))
     assert len(found) == 3 + len(weights)
 
 
@@ -167,22 +174,29 @@ DAMAGES = {
     "config a number": (lambda d: checkpoints.edit(d / DESCRIPTION, config=3), [DESCRIPTION]),
     "config of words": (lambda d: checkpoints.edit(d / DESCRIPTION, config={"seed": "x"}), [DESCRIPTION]),
     "no fingerprint": (lambda d: checkpoints.edit(d / DESCRIPTION, backbone=checkpoints.ABSENT), ["backbone"]),
-    "no keys": (lambda d: checkpoints.edit(d / DESCRIPTION, keys=checkpoints.ABSENT), ["keys"]),
+    "no router": (lambda d: checkpoints.edit(d / DESCRIPTION, router=checkpoints.ABSENT), [DESCRIPTION, "router"]),
+    "router a number": (lambda d: checkpoints.edit(d / DESCRIPTION, router=3), [DESCRIPTION, "router"]),
+    "no kind of router": (lambda d: checkpoints.edit(d / DESCRIPTION, router={"keys": {}}), [DESCRIPTION, "kind"]),
+    "no keys": (lambda d: checkpoints.edit(d / DESCRIPTION, router={"kind": "experts"}), [DESCRIPTION, "keys"]),
     "no tensors": (lambda d: (d / TENSORS).unlink(), [TENSORS]),
     "tensors truncated": (lambda d: truncate(d / TENSORS), [TENSORS]),
     "tensors empty": (lambda d: (d / TENSORS).write_bytes(b""), [TENSORS]),
     "no ids": (lambda d: change_tensors(d, expert_ids_S=None), [TENSORS, "expert_ids_S"]),
-    "no rows": (lambda d: change_tensors(d, up_rows_SR=None), [TENSORS, "up_rows_SR"]),
-    "no router": (lambda d: change_tensors(d, transform_DC=None), [TENSORS, "transform_DC"]),
-    "rows of another shape": (
-        lambda d: change_tensors(d, down_rows_SR=np.zeros((3, 2, 96), np.float32)),
-        [TENSORS, "down_rows_SR", "(3, 2, 96)"],
+    "no experts": (lambda d: change_tensors(d, up_SR=None), [TENSORS, "up_SR"]),
+    "no projection": (lambda d: change_tensors(d, transform_DC=None), [TENSORS, "transform_DC"]),
+    "experts of another shape": (
+        lambda d: change_tensors(d, down_SR=np.zeros((3, 2, 96), np.float32)),
+        [TENSORS, "down_SR", "(3, 2, 96)"],
     ),
-    "router of another shape": (
+    "projection of another shape": (
         lambda d: change_tensors(d, mean_D=np.zeros(63, np.float32)),
         [TENSORS, "mean_D", "(63,)", "(64,)"],
     ),
-    "other keys": (lambda d: checkpoints.edit(d / DESCRIPTION, keys=1), ["keys"]),
+    "keys a number": (lambda d: checkpoints.edit(d / DESCRIPTION, router={"kind": "experts", "keys": 1}), ["keys"]),
+    "other keys": (
+        lambda d: checkpoints.edit(d / DESCRIPTION, router={"kind": "experts", "keys": {"keys_sha256": "1"}}),
+        ["keys"],
+    ),
 }
 
 
@@ -198,37 +212,48 @@ def test_a_damaged_memory_is_one_line(name, exported, tmp_path):
     directory = shutil.copytree(exported, tmp_path / "out")
     damage, words = DAMAGES[name]
     damage(directory)
-    assert_one_line(lambda: memory.of_export(memory.config_of_export(directory), directory), *words)
+    assert_one_line(lambda: storage.load_export(storage.export_config(directory), directory), *words)
 
 
-@pytest.fixture(scope="module", params=["o_proj", "down_proj"])
+def test_a_memory_with_another_kind_of_router_is_refused(exported, tmp_path):
+    directory = shutil.copytree(exported, tmp_path / "out")
+    checkpoints.edit(directory / DESCRIPTION, router={"kind": "facts", "keys": {}})
+    config = storage.export_config(directory)
+    words = "kind facts", "--config.router.kind=experts"
+    assert_one_line(lambda: storage.load_export(config, directory), *words, status=OTHER_RUN)
+
+
+# Where the modules of a Hugging Face model that an adapter may be on stand in a layer.
+HALVES = dict.fromkeys(("q_proj", "k_proj", "v_proj", "o_proj"), "self_attn")
+HALVES |= dict.fromkeys(("gate_proj", "up_proj", "down_proj"), "mlp")
+
+
+@pytest.fixture(scope="module", params=HALVES)
 def adapter(request, world, tmp_path_factory):
-    """The experts of one question as an adapter: a world of that target, the question's `Adapted`, the directory."""
-    export = helpers.without_flags("lamini_jax.export")
-
+    """The experts of one question as an adapter: a world of that target, the question's Adapters, the directory."""
     config = helpers.replace(world.config, memory={"target": request.param})
-    tuned = random_memory(config, world.base, world.memory.routing, np.asarray(world.memory.expert_ids_S))
-    prompt_BT = np.array([world.base.tokenizer.prompt(QUESTIONS[0])], np.int32)
-    adapt = memory.adapt_with(world.base, tuned, config)
-    adapted = adapt(np.pad(prompt_BT, [(0, 0), (0, 64 - prompt_BT.size)]), np.array([prompt_BT.size], np.int32))
+    tuned = random_memory(config, world.model, world.memory.router, np.asarray(world.memory.expert_ids_S))
+    prompt_BT = np.array([world.model.tokenizer.prompt(QUESTIONS[0])], np.int32)
+    adapter_fn = storage.adapter_fn(world.model, tuned, config)
+    adapters = adapter_fn(np.pad(prompt_BT, [(0, 0), (0, 64 - prompt_BT.size)]), np.array([prompt_BT.size], np.int32))
     directory = tmp_path_factory.mktemp("adapter")
-    export.save_peft(directory, config, adapted)
-    return world._replace(config=config, memory=tuned), adapted, directory, prompt_BT
+    exports.save_peft(directory, config, adapters)
+    return world._replace(config=config, memory=tuned), adapters, directory, prompt_BT
 
 
-def adapted_logits(world, adapted, tokens_BT):
+def adapted_logits(world, adapters, tokens_BT):
     @jax.jit
     def forward(params, suffix):
-        hidden_BTD, _ = backbone.prefix(world.base.decoder, params, tokens_BT)
-        hidden_BTD, _ = backbone.suffix(world.base.decoder, params, hidden_BTD, adapter=suffix)
-        return backbone.unembed(world.base.decoder, params, hidden_BTD)
+        hidden_BTD, _ = transformer.prefix(world.model.decoder, params, tokens_BT)
+        hidden_BTD, _ = transformer.suffix(world.model.decoder, params, hidden_BTD, adapter=suffix)
+        return transformer.unembed(world.model.decoder, params, hidden_BTD)
 
-    return np.asarray(forward(world.base.params, adapted.suffix))
+    return np.asarray(forward(world.model.params, adapters.suffix))
 
 
 def test_an_adapter_merged_into_the_weights_is_the_memory(adapter, tmp_path):
     """W + alpha / r * B A, in the layers and linear layers that its config names."""
-    world, adapted, directory, prompt_BT = adapter
+    world, adapters, directory, prompt_BT = adapter
     described = json.loads((directory / "adapter_config.json").read_text())
     parts = load_file(directory / "adapter_model.safetensors")
     merged = shutil.copytree(world.directory, tmp_path / "merged")
@@ -236,30 +261,33 @@ def test_an_adapter_merged_into_the_weights_is_the_memory(adapter, tmp_path):
     names = [f"model.layers.{layer}" for layer in described["layers_to_transform"]]
     assert names == ["model.layers.1", "model.layers.2"] and len(parts) == 4
     (target,) = described["target_modules"]
-    for name in [f"{name}.{'self_attn' if target == 'o_proj' else 'mlp'}.{target}" for name in names]:
+    for name in [f"{name}.{HALVES[target]}.{target}" for name in names]:
         down_KI, up_OK = (parts[f"base_model.model.{name}.lora_{part}.weight"] for part in "AB")
         assert down_KI.shape[0] == up_OK.shape[1] == described["r"]
         weights[f"{name}.weight"] += described["lora_alpha"] / described["r"] * up_OK @ down_KI
     checkpoints.save_weights(merged, weights)
     expected_BTV = reference.logits(merged, prompt_BT)
-    assert relative_error(adapted_logits(world, adapted, prompt_BT), expected_BTV) <= 1e-4
+    assert relative_error(adapted_logits(world, adapters, prompt_BT), expected_BTV) <= 1e-4
     assert relative_error(reference.logits(world.directory, prompt_BT), expected_BTV) > 0.05
 
 
 def test_peft_makes_of_an_adapter_what_the_memory_is(adapter):
-    world, adapted, directory, prompt_BT = adapter
-    why = "compares with peft, which needs torch"
+    world, adapters, directory, prompt_BT = adapter
+    why = "compares with peft: pip install -e .[parity]"
     transformers, peft, torch = (pytest.importorskip(n, reason=why) for n in ("transformers", "peft", "torch"))
     whole = transformers.AutoModelForCausalLM.from_pretrained(world.directory, dtype=torch.float32)
     adapted_model = peft.PeftModel.from_pretrained(whole, directory).eval()
     tokens = torch.tensor(prompt_BT, dtype=torch.long)
     with torch.no_grad():
         expected_BTV = adapted_model(tokens).logits.numpy()
-        stops = list(world.base.tokenizer.stop_ids)
+    assert relative_error(adapted_logits(world, adapters, prompt_BT), expected_BTV) <= 1e-4
+    if world.config.memory.target not in ("o_proj", "down_proj"):
+        return  # decoding with each target is compiled anew, so one in each half of a layer is enough
+    with torch.no_grad():
+        stops = list(world.model.tokenizer.stop_ids)
         arguments = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": stops, "pad_token_id": stops[0]}
         answer = adapted_model.generate(input_ids=tokens, attention_mask=torch.ones_like(tokens), **arguments)
-    assert relative_error(adapted_logits(world, adapted, prompt_BT), expected_BTV) <= 1e-4
-    text = world.base.tokenizer.decode(answer[0, prompt_BT.size :].numpy())
+    text = world.model.tokenizer.decode(answer[0, prompt_BT.size :].numpy())
     assert said(world, world.memory, 4 * QUESTIONS[:1])[0].text == text
 
 
@@ -271,14 +299,14 @@ def saved_again(request, tmp_path_factory):
     """A checkpoint, and what becomes of it when it is loaded and saved."""
     directory = tmp_path_factory.mktemp(request.param)
     original = checkpoints.make_preset(directory / "original", request.param, tokenizer=False)
-    config, params = hf.load_backbone(original, context=512)
-    hf.save_backbone(directory / "again", config, params)
+    config, params = formats.load_whole(str(original), max_seq_len=512)
+    huggingface.save_backbone(directory / "again", config, params)
     return original, config, params, directory / "again"
 
 
 def test_a_backbone_saved_and_loaded_is_the_same(saved_again):
     _, config, params, again = saved_again
-    found_config, found_params = hf.load_backbone(again, context=512)
+    found_config, found_params = formats.load_whole(str(again), max_seq_len=512)
     assert dataclasses.replace(found_config, path=config.path) == config
     assert helpers.same_bits(found_params, params)
 

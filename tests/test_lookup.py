@@ -1,18 +1,45 @@
 """The lookups find exactly the best keys, the lowest id first where keys are equally good; one says that it may not."""
 
 import functools
+import hashlib
+import inspect
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lamini_jax import config, lookup, lookup_kernel
+from lamini_jax.errors import UserError
+from lamini_jax.index import LOOKUPS, _blocks, _kernel, _scores
+from lamini_jax.index import approximate as approximate_lookup
+from lamini_jax.index import exact as exact_lookup
+from lamini_jax.index import product as product_lookup
 
-jit = functools.partial(jax.jit, static_argnums=2)
-exact, exact_reference = jit(lookup.exact), jit(lookup.exact_reference)
-product, product_reference = jit(lookup.product), jit(lookup.product_reference)
-approximate = jit(lookup.approximate)
+ARGUMENTS = {
+    "check": ["num_experts", "key_dim"],
+    "spec": ["num_experts", "key_dim"],
+    "init": ["seed", "num_experts", "key_dim"],
+    "save": ["keys", "num_experts"],
+    "restore": ["seed", "num_experts", "key_dim", "saved"],
+    "find": ["keys", "query_BC", "k", "num_keys"],
+    "reference": ["keys", "query_BC", "k", "num_keys"],
+}
+
+
+def jit(find):
+    """`find` over keys that all count, compiled."""
+    compiled = jax.jit(find, static_argnums=(2, 3))
+    return lambda keys, query_BC, k: compiled(keys, query_BC, k, number_of(keys))
+
+
+def number_of(keys):
+    """How many experts they are the keys of."""
+    return len(keys) if keys.ndim == 2 else keys.shape[1] ** 2
+
+
+exact, exact_reference = jit(exact_lookup.find), jit(exact_lookup.reference)
+product, product_reference = jit(product_lookup.find), jit(product_lookup.reference)
+approximate = jit(approximate_lookup.find)
 
 # One block and many of them, full ones and not, fewer and more than K; numbers that nothing divides.
 SIZES = [(1, 1), (7, 7), (256, 256), (1009, 1), (1009, 1009), (2048, 8), (2304, 8), (4099, 5), (70_001, 32)]
@@ -55,8 +82,8 @@ def test_equal_keys_in_the_order_of_their_ids(num_keys, k):
 @pytest.mark.parametrize("num_keys", [2304, 4099, 4099 + 59])
 def test_needles_at_the_edges_of_blocks(num_keys):
     """All other keys score below zero, so that whatever fills up the last block would win if it counted."""
-    last = (num_keys - 1) // lookup.BLOCK * lookup.BLOCK
-    needles = [0, lookup.BLOCK - 1, lookup.BLOCK, 2 * lookup.BLOCK - 1, last - 1, last, num_keys - 2, num_keys - 1]
+    last = (num_keys - 1) // _blocks.SIZE * _blocks.SIZE
+    needles = [0, _blocks.SIZE - 1, _blocks.SIZE, 2 * _blocks.SIZE - 1, last - 1, last, num_keys - 2, num_keys - 1]
     assert len(set(needles)) == len(needles)
     keys_NC = np.full((num_keys, 1), -1, np.float32)
     keys_NC[needles, 0] = -1 / np.arange(2, 2 + len(needles))
@@ -84,7 +111,7 @@ def test_all_of_the_best_in_one_block():
 def test_scores_are_never_written(batch):
     """Nothing of size B x N is in what a CPU runs."""
     shapes = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((2**17, 16), (batch, 16))]
-    memory = exact.lower(*shapes, 4).compile().memory_analysis()
+    memory = jax.jit(exact_lookup.find, static_argnums=(2, 3)).lower(*shapes, 4, 2**17).compile().memory_analysis()
     assert memory.temp_size_in_bytes < (0.25 if batch > 1 else 1.25) * 4 * batch * 2**17
 
 
@@ -92,13 +119,13 @@ def normal(seed, shape, dtype=np.float32):
     return np.random.default_rng(seed).normal(size=shape).astype(dtype)
 
 
-@pytest.mark.parametrize("find", [lookup.exact, lookup.exact_reference], ids=["exact", "reference"])
+@pytest.mark.parametrize("find", [exact_lookup.find, exact_lookup.reference], ids=["find", "reference"])
 @pytest.mark.parametrize("num_keys", [100, 4099])
 def test_infinite_scores(find, num_keys):
     keys_NC = normal(0, (num_keys, 1))
     keys_NC[:, 0] = -np.inf
     keys_NC[[num_keys - 1, 70], 0] = 1, np.inf
-    ids_BK, scores_BK = find(keys_NC, np.ones((1, 1), np.float32), 4)
+    ids_BK, scores_BK = find(keys_NC, np.ones((1, 1), np.float32), 4, num_keys)
     np.testing.assert_array_equal(ids_BK, [[70, num_keys - 1, 0, 1]])
     np.testing.assert_array_equal(scores_BK, [[np.inf, 1, -np.inf, -np.inf]])
 
@@ -108,22 +135,21 @@ def test_infinite_scores(find, num_keys):
 def test_nan_is_refused(bad, k):
     """A query with one in it selects nobody, and leaves the others alone."""
     query_BC = normal(1, (3, 16))
-    flat_NC, half_keys_2SC = normal(0, (4099, 16)), normal(2, (2, 20, 8))
-    finds = [(exact, flat_NC), (exact, flat_NC[:50]), (product, half_keys_2SC), (approximate, flat_NC)]
+    flat_NC, half_keys_2HC = normal(0, (4099, 16)), normal(2, (2, 20, 8))
+    finds = [(exact, flat_NC), (exact, flat_NC[:50]), (product, half_keys_2HC), (approximate, flat_NC)]
     expected = [find(keys, query_BC, k) for find, keys in finds]
     query_BC[1, 3] = bad
     for (find, keys), (expected_ids_BK, expected_scores_BK) in zip(finds, expected, strict=True):
-        num_keys = 400 if find is product else len(keys)
         ids_BK, scores_BK = find(keys, query_BC, k)
-        np.testing.assert_array_equal(ids_BK, np.asarray(expected_ids_BK.at[1].set(num_keys)))
+        np.testing.assert_array_equal(ids_BK, np.asarray(expected_ids_BK.at[1].set(number_of(keys))))
         np.testing.assert_array_equal(scores_BK, np.asarray(expected_scores_BK.at[1].set(np.nan)))
 
 
 @pytest.mark.parametrize("num_half, k", HALVES)
 def test_product_keys(num_half, k):
-    half_keys_2SC, query_BC = normal(0, (2, num_half, 8)), normal(1, (5, 16))
-    ids_BK, scores_BK = product(half_keys_2SC, query_BC, k)
-    expected_ids_BK, expected_scores_BK = product_reference(half_keys_2SC, query_BC, k)
+    half_keys_2HC, query_BC = normal(0, (2, num_half, 8)), normal(1, (5, 16))
+    ids_BK, scores_BK = product(half_keys_2HC, query_BC, k)
+    expected_ids_BK, expected_scores_BK = product_reference(half_keys_2HC, query_BC, k)
     np.testing.assert_array_equal(ids_BK, expected_ids_BK)
     np.testing.assert_allclose(scores_BK, expected_scores_BK, rtol=0, atol=1e-5)
 
@@ -131,20 +157,20 @@ def test_product_keys(num_half, k):
 @pytest.mark.parametrize("num_half, k", HALVES)
 def test_equal_product_keys_in_the_order_of_their_ids(num_half, k):
     rng = np.random.default_rng(num_half)
-    half_keys_2SC = rng.integers(-1, 2, size=(2, num_half, 3)).astype(np.float32)
+    half_keys_2HC = rng.integers(-1, 2, size=(2, num_half, 3)).astype(np.float32)
     query_BC = rng.integers(-2, 3, size=(5, 6)).astype(np.float32)
     query_BC[0] = 0
     np.testing.assert_array_equal(
-        product(half_keys_2SC, query_BC, k)[0], product_reference(half_keys_2SC, query_BC, k)[0]
+        product(half_keys_2HC, query_BC, k)[0], product_reference(half_keys_2HC, query_BC, k)[0]
     )
 
 
 def test_product_keys_are_the_sums_of_their_halves():
     """Flat keys made of all pairs find the same experts under the same ids."""
-    half_keys_2SC, query_BC = normal(0, (2, 40, 8)), normal(1, (5, 16))
-    pairs = [np.repeat(half_keys_2SC[0], 40, axis=0), np.tile(half_keys_2SC[1], (40, 1))]
+    half_keys_2HC, query_BC = normal(0, (2, 40, 8)), normal(1, (5, 16))
+    pairs = [np.repeat(half_keys_2HC[0], 40, axis=0), np.tile(half_keys_2HC[1], (40, 1))]
     flat_ids_BK, _ = exact(np.concatenate(pairs, axis=1), query_BC, 16)
-    np.testing.assert_array_equal(product(half_keys_2SC, query_BC, 16)[0], flat_ids_BK)
+    np.testing.assert_array_equal(product(half_keys_2HC, query_BC, 16)[0], flat_ids_BK)
 
 
 @pytest.mark.parametrize("num_keys", [40, 4099, 20_000])
@@ -155,12 +181,8 @@ def test_approximate_finds_most(num_keys):
     found = [
         len(set(ids) & set(expected)) / 8 for ids, expected in zip(ids_BK.tolist(), expected_BK.tolist(), strict=True)
     ]
-    assert np.mean(found) >= lookup.RECALL - 0.05
+    assert np.mean(found) >= approximate_lookup.RECALL - 0.05
     assert ids_BK[0, 0] == num_keys - 1
-
-
-def test_training_has_the_lookups_that_find_all():
-    assert set(config.LOOKUPS) == set(lookup.NAMES) - {"approximate"}
 
 
 @pytest.mark.parametrize("gpu", [False, True])
@@ -168,10 +190,10 @@ def test_training_has_the_lookups_that_find_all():
 def test_kernel(num_keys, batch, gpu):
     """The accelerators' kernel, interpreted."""
     keys_NC, query_BC = normal(0, (num_keys, 32), jnp.bfloat16), normal(1, (batch, 32), jnp.bfloat16)
-    blocks_MSC = keys_NC.reshape(-1, lookup.BLOCK, 32)
-    maxima_BM = lookup_kernel.block_maxima(blocks_MSC, query_BC, gpu, interpret=True)
-    expected_BM = np.asarray(lookup.scores(keys_NC, query_BC)).reshape(batch, -1, lookup.BLOCK).max(axis=-1)
-    np.testing.assert_allclose(maxima_BM, expected_BM, rtol=0, atol=1e-5)
+    keys_LJC = keys_NC.reshape(-1, _blocks.SIZE, 32)
+    maxima_BL = _kernel.block_maxima(keys_LJC, query_BC, gpu, interpret=True)
+    expected_BL = np.asarray(_scores.scores(keys_NC, query_BC)).reshape(batch, -1, _blocks.SIZE).max(axis=-1)
+    np.testing.assert_allclose(maxima_BL, expected_BL, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("way", ["tpu", "cuda", "default"])
@@ -180,17 +202,136 @@ def test_lookup_on_other_devices(way, monkeypatch):
     monkeypatch.setattr(
         jax.lax, "platform_dependent", lambda *arguments, **ways: ways.get(way, ways["default"])(*arguments)
     )
-    kernel = functools.partial(lookup_kernel.block_maxima, interpret=True)
-    monkeypatch.setattr(lookup_kernel, "block_maxima", kernel)
+    kernel = functools.partial(_kernel.block_maxima, interpret=True)
+    monkeypatch.setattr(_kernel, "block_maxima", kernel)
     keys_NC, query_BC = normal(0, (5003, 32), jnp.bfloat16), normal(1, (5, 32), jnp.bfloat16)
-    np.testing.assert_array_equal(
-        lookup.exact(keys_NC, query_BC, 32)[0], lookup.exact_reference(keys_NC, query_BC, 32)[0]
+    found_BK, expected_BK = (
+        search(keys_NC, query_BC, 32, 5003)[0] for search in (exact_lookup.find, exact_lookup.reference)
     )
+    np.testing.assert_array_equal(found_BK, expected_BK)
 
 
 @pytest.mark.parametrize("platform", ["tpu", "cuda"])
 def test_kernel_is_what_accelerators_compile(platform):
     """Lowered for a device that is not here: no scores of size B x N among what it would run."""
     shapes = [jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in ((2**20, 256), (1024, 256))]
-    text = exact.trace(*shapes, 32).lower(lowering_platforms=(platform,)).as_text()
+    traced = jax.jit(exact_lookup.find, static_argnums=(2, 3)).trace(*shapes, 32, 2**20)
+    text = traced.lower(lowering_platforms=(platform,)).as_text()
     assert "custom_call" in text and "1024x1048576" not in text and "1048576x1024" not in text
+
+
+@pytest.mark.parametrize("name", LOOKUPS.names())
+def test_interface(name):
+    lookup = LOOKUPS[name]
+    assert lookup.QUERY_PARTS >= 1 and isinstance(lookup.ALWAYS_FINDS_THE_SAME, bool) and lookup.__doc__
+    for function, expected in ARGUMENTS.items():
+        arguments = list(inspect.signature(getattr(lookup, function)).parameters)
+        if expected[0] == "keys":  # which have a shape and often a longer name
+            assert "keys" in arguments[0]
+            arguments[0] = "keys"
+        assert arguments == expected, function
+
+
+def test_the_lookups_that_find_all_may_train():
+    finds_all = {name for name in LOOKUPS.names() if LOOKUPS[name].ALWAYS_FINDS_THE_SAME}
+    assert {"exact", "product"} <= finds_all and "approximate" not in finds_all
+
+
+@pytest.mark.parametrize("name", LOOKUPS.names())
+def test_find_is_its_reference(name):
+    """With the keys that it makes and queries as routers make them, whether or not it may miss some."""
+    lookup = LOOKUPS[name]
+    lookup.check(4096, 32)
+    keys, query_BC = lookup.init(3, 4096, 32), normal(1, (16, 32))
+    (ids_BK, scores_BK), (expected_ids_BK, expected_scores_BK) = (
+        jit(function)(keys, query_BC, 8) for function in (lookup.find, lookup.reference)
+    )
+    assert ids_BK.shape == scores_BK.shape == (16, 8) and ids_BK.dtype == jnp.int32
+    assert all(len(set(ids_K)) == 8 for ids_K in np.asarray(ids_BK).tolist())
+    if lookup.ALWAYS_FINDS_THE_SAME:
+        np.testing.assert_array_equal(ids_BK, expected_ids_BK)
+        np.testing.assert_allclose(scores_BK, expected_scores_BK, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", LOOKUPS.names())
+def test_keys_are_as_described(name):
+    lookup = LOOKUPS[name]
+    struct, axes = lookup.spec(64**2, 16)
+    keys = lookup.init(2**32 - 1, 64**2, 16)
+    assert (keys.shape, keys.dtype) == (struct.shape, struct.dtype) and len(axes) == keys.ndim
+    assert keys.aval == jax.core.ShapedArray(struct.shape, struct.dtype)  # what was compiled ahead is what runs
+    np.testing.assert_allclose(np.linalg.norm(keys, axis=-1), 1, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "name, num_experts, key_dim, expected",
+    [
+        ("exact", 4099, 37, "1416b7c559392f70318c14d375b6a73716d922432a6ad0a13fc43aa06f8a1a83"),
+        ("approximate", 4099, 37, "1416b7c559392f70318c14d375b6a73716d922432a6ad0a13fc43aa06f8a1a83"),
+        ("product", 67**2, 74, "1d5b054ca184965dadec14145d77180e27298055f363de7985f6a6e4bc2557c9"),
+    ],
+)
+def test_golden_keys(name, num_experts, key_dim, expected):
+    """The keys that runs before this one were tuned with.
+
+    To renew it, copy the hash that the failure shows; all runs and exported memories are then refused, until the
+    facts are tuned again.
+    """
+    keys = np.asarray(LOOKUPS[name].init(7, num_experts, key_dim))
+    assert hashlib.sha256(keys.tobytes()).hexdigest() == expected
+
+
+@pytest.mark.parametrize("name", LOOKUPS.names())
+@pytest.mark.parametrize("num_experts", [16, 4096, 300**2])
+def test_other_keys_are_refused(name, num_experts):
+    """Another version of jax might draw other keys from the seed: then every fact would meet other experts."""
+    lookup = LOOKUPS[name]
+    keys = lookup.init(5, num_experts, 18)
+    saved = lookup.save(keys, num_experts)
+    assert saved and all(isinstance(value, str | int) for value in saved.values())
+    np.testing.assert_array_equal(lookup.restore(5, num_experts, 18, {**saved, "something": "else"}), keys)
+    with pytest.raises(UserError, match="this version of jax makes other random keys from the same seed") as refusal:
+        lookup.restore(6, num_experts, 18, saved)
+    assert "\n" not in str(refusal.value)
+    for wrong in ({}, dict.fromkeys(saved, 0)):
+        with pytest.raises(UserError):
+            lookup.restore(5, num_experts, 18, wrong)
+
+
+@pytest.mark.parametrize("name", LOOKUPS.names())
+def test_what_is_saved_sees_every_bit(name):
+    """Of few keys, all are hashed; of many, a sample of their rows."""
+    lookup = LOOKUPS[name]
+    keys = np.array(lookup.init(5, 25, 6))
+    saved = lookup.save(keys, 25)
+    assert lookup.save(keys.copy(), 25) == saved
+    for place in range(keys.size):
+        for bit in (0, 13, 31):
+            other = keys.copy()
+            other.view(np.uint32).flat[place] ^= np.uint32(1 << bit)
+            assert lookup.save(other, 25) != saved
+    assert lookup.save(keys[..., ::-1, :], 25) != saved
+
+
+def test_keys_that_fill_up_a_shard_are_not_saved():
+    keys_NC = exact_lookup.init(0, 4099, 16)
+    padded_NC = jnp.pad(keys_NC, ((0, 5), (0, 0)), constant_values=1)
+    assert exact_lookup.save(padded_NC, 4099) == exact_lookup.save(keys_NC, 4099)
+
+
+@pytest.mark.parametrize("name", LOOKUPS.names())
+@pytest.mark.parametrize("num_experts, key_dim", [(1, 2), (2**20, 64)])
+def test_the_usual_sizes_are_accepted(name, num_experts, key_dim):
+    LOOKUPS[name].check(num_experts, key_dim)
+
+
+@pytest.mark.parametrize(
+    "num_experts, key_dim, told",
+    [
+        (2**19, 64, "--config.memory.num_experts=524288: must be a square"),
+        (16, 63, "--config.router.key_dim=63: must be even"),
+    ],
+)
+def test_product_keys_have_halves(num_experts, key_dim, told):
+    with pytest.raises(UserError, match=told):
+        product_lookup.check(num_experts, key_dim)

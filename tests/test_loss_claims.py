@@ -5,8 +5,9 @@ import copy
 import numpy as np
 import pytest
 
-from experiments.parts import loss_claims
-from experiments.parts.loss_claims import SAMPLES
+from experiments import loss_threshold, selective_loss
+from experiments import loss_threshold_claims as loss_claims
+from experiments.loss_threshold_claims import SAMPLES
 
 LN2 = np.log(2)
 
@@ -15,7 +16,6 @@ def stage(worst, recalled, mean=None, sampled=()):
     return {
         "worst": worst,
         "mean": mean or [loss / 4 for loss in worst],
-        "tokens": [8] * len(worst),
         "recalled": recalled,
         "sampled": list(sampled),
     }
@@ -30,13 +30,10 @@ def test_threshold():
         LN2,
     )
     assert (found["measured"], found["certified"], found["certified_but_wrong"]) == (7, 3, 0)
-    assert (found["recalled"], found["recalled_uncertified"]) == (4, 1)
-    assert (found["largest_worst_loss_recalled"], found["smallest_worst_loss_wrong"]) == (0.9, 1.2)
-    assert (found["largest_mean_loss_recalled"], found["smallest_mean_loss_wrong"]) == (0.3, 0.08)
-    assert (found["wrong_with_mean_below_ln2"], found["wrong_with_mean_below_ln2_over_tokens"]) == (2, 1)
+    assert found["wrong_with_mean_below_ln2"] == 2
     assert found["worst_loss_at_which_recall_sets_in"] == 0.9
     assert sum(entry["facts"] for entry in found["by_worst_loss"]) == 7
-    assert sum(entry["recalled"] for entry in found["by_mean_loss"]) == 4
+    assert sum(entry["recalled"] for entry in found["by_worst_loss"]) == 4
     assert loss_claims.threshold([stage([0.6, 0.1], [True, False])], LN2)["certified_but_wrong"] == 1
     assert loss_claims.threshold([stage([0.6, 0.1], [True, False])], 0.576)["certified"] == 1
 
@@ -99,25 +96,25 @@ def study():
 )
 def test_verdicts_of_the_threshold(claim, path, value, verdict):
     results = study()
-    assert [entry["verdict"] for entry in loss_claims.of_threshold(results)] == ["reproduced"] * 4
+    assert [entry.verdict for entry in loss_threshold.claims(results)] == ["reproduced"] * 4
     results = copy.deepcopy(results)
     *parents, last = path
     place = results
     for name in parents:
         place = place[name]
     place[last] = value
-    verdicts = [entry["verdict"] for entry in loss_claims.of_threshold(results)]
+    verdicts = [entry.verdict for entry in loss_threshold.claims(results)]
     assert verdicts[claim] == verdict and verdicts.count("reproduced") == 3
 
 
 def test_a_backbone_that_was_not_shown_the_codes_is_not_judged_by_them():
     results = study()
     results["once"]["shown_in_pretraining"] = False
-    assert len(loss_claims.of_threshold(results)) == 3
+    assert len(loss_threshold.claims(results)) == 3
 
 
 def entry(key, other, text, heldout_loss, recall=0.0, accuracy=0.9):
-    means = dict(zip(loss_claims.SETS, (key, other, text, heldout_loss), strict=True))
+    means = dict(zip(selective_loss.SETS, (key, other, text, heldout_loss), strict=True))
     return {
         "losses": {name: [0.5 * mean, 1.5 * mean] for name, mean in means.items()},
         "recall": recall,
@@ -149,13 +146,13 @@ FIGURE_6 = {
     ],
 )
 def test_verdicts_of_figure_6(name, changed, verdict):
-    assert [claim["verdict"] for claim in loss_claims.of_selective(FIGURE_6)] == ["reproduced"] * 4
-    judged = loss_claims.of_selective(FIGURE_6 | {name: changed})
-    assert judged[list(FIGURE_6).index(name)]["verdict"] == verdict
+    assert [claim.verdict for claim in selective_loss.claims({"models": FIGURE_6})] == ["reproduced"] * 4
+    judged = selective_loss.claims({"models": FIGURE_6 | {name: changed}})
+    assert judged[list(FIGURE_6).index(name)].verdict == verdict
 
 
 def test_a_backbone_that_knows_its_text_is_not_medium_everywhere():
-    judged = loss_claims.of_selective(FIGURE_6 | {"general": entry(2.0, 2.0, 0.05, 0.1)})
-    assert judged[1]["verdict"] == "reproduced in part"
-    judged = loss_claims.of_selective(FIGURE_6 | {"general": entry(3.0, 3.0, 0.05, 0.1)})
-    assert judged[1]["verdict"] == "not reproduced"
+    judged = selective_loss.claims({"models": FIGURE_6 | {"general": entry(2.0, 2.0, 0.05, 0.1)}})
+    assert judged[1].verdict == "reproduced in part"
+    judged = selective_loss.claims({"models": FIGURE_6 | {"general": entry(3.0, 3.0, 0.05, 0.1)}})
+    assert judged[1].verdict == "not reproduced"

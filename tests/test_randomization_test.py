@@ -1,10 +1,8 @@
 """The random-answer study judges by what it measured, and each of its verdicts can fail."""
 
-import helpers
+from experiments import randomization_test
+from experiments.shared.random_answer_runs import RUNS
 
-from experiments.parts import six_runs
-
-study = helpers.without_flags("experiments.randomization_test")
 WHOLE, PARTLY, NEVER = "reproduced", "reproduced in part", "not reproduced"
 
 
@@ -14,9 +12,9 @@ def run(**changes):
 
 
 def verdicts(**changed):
-    runs = dict.fromkeys(six_runs.RUNS, run()) | {name.replace("__", "/"): one for name, one in changed.items()}
+    runs = dict.fromkeys(RUNS, run()) | {name.replace("__", "/"): one for name, one in changed.items()}
     results = {"runs": runs, "backbone": {"heldout_accuracy": 0.9, "heldout_interval": (0.85, 0.95)}}
-    return [claim["verdict"] for claim in study.claims(results)]
+    return [claim.verdict for claim in randomization_test.claims(results)]
 
 
 def test_verdicts_follow_the_measurements():

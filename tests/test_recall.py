@@ -7,17 +7,19 @@ import jax
 import numpy as np
 import pytest
 
-from lamini_jax import bank, recall, runs
+from lamini_jax.backbone import answering
 from lamini_jax.data.facts import Fact
 from lamini_jax.data.world import QA
+from lamini_jax.evaluation import intervals, recall
+from lamini_jax.memory import experts, storage
 
 TOKENIZER = helpers.TOKENIZER
 # 140 questions in three buckets, mixed, more than a batch in the first.
 QUESTIONS = [f"{i}?" + "q" * (0, 3, 70, 20, 150)[i % 5] for i in range(140)]
 
 
-# As much of a base as those need who only ask.
-ASKING = SimpleNamespace(tokenizer=TOKENIZER, params=None, decoder=SimpleNamespace(config=helpers.BACKBONE))
+# As much of a model as asking needs.
+ASKING = SimpleNamespace(reading_batch=64, tokenizer=TOKENIZER, max_seq_len=helpers.BACKBONE.max_seq_len)
 
 
 class Parrot:
@@ -26,11 +28,11 @@ class Parrot:
     def __init__(self, more=""):
         self.more, self.given = more, []
 
-    def __call__(self, decoder, params, prompt_BT, length_B, longest, stop_ids, adapted, sampling):
-        self.given.append((prompt_BT, length_B, longest))
+    def __call__(self, model, prompt_BT, length_B, max_new_tokens, adapters, sampling):
+        self.given.append((prompt_BT, length_B, max_new_tokens))
         answer_BA = np.full((len(prompt_BT), 400), TOKENIZER.stop_id, np.int32)
         for answer_A, prompt_T, length in zip(answer_BA, prompt_BT, length_B, strict=True):
-            tokens = [*prompt_T[1 : length - 1], *TOKENIZER.encode(self.more)][:longest]
+            tokens = [*prompt_T[1 : length - 1], *TOKENIZER.encode(self.more)][:max_new_tokens]
             answer_A[: len(tokens)] = tokens
         return answer_BA, np.ones(len(prompt_BT))
 
@@ -41,25 +43,33 @@ def parrot(monkeypatch):
 
     def use(more=""):
         bird = Parrot(more)
-        monkeypatch.setattr(recall.decoding, "generate", bird)
+        monkeypatch.setattr(answering.decoding, "generate", bird)
         return bird
 
     return use
 
 
+def answers(questions, max_new_tokens=None):
+    return answering.answers(ASKING, answering.BARE, questions, max_new_tokens)
+
+
 def test_answers_come_in_the_order_of_the_questions(parrot):
     parrot("!")
-    assert recall.answers(ASKING, recall.bare, QUESTIONS, longest=300) == [question + "!" for question in QUESTIONS]
+    assert answering.answers(ASKING, answering.BARE, QUESTIONS, max_new_tokens=300) == [
+        question + "!" for question in QUESTIONS
+    ]
     parrot()
-    assert recall.answers(ASKING, recall.bare, ["é?", "", "é?"], longest=9) == ["é?", "", "é?"]
-    assert recall.answers(ASKING, recall.bare, QUESTIONS, longest=2) == [question[:2] for question in QUESTIONS]
+    assert answering.answers(ASKING, answering.BARE, ["é?", "", "é?"], max_new_tokens=9) == ["é?", "", "é?"]
+    assert answering.answers(ASKING, answering.BARE, QUESTIONS, max_new_tokens=2) == [
+        question[:2] for question in QUESTIONS
+    ]
 
 
 def test_shapes_are_few(parrot):
     bird = parrot()
-    recall.answers(ASKING, recall.bare, QUESTIONS)
+    answers(QUESTIONS)
     assert {prompt_BT.shape for prompt_BT, _, _ in bird.given} == {(64, 64), (28, 128), (28, 256)}
-    assert {longest for _, _, longest in bird.given} == {helpers.BACKBONE.context}
+    assert {max_new_tokens for _, _, max_new_tokens in bird.given} == {helpers.BACKBONE.max_seq_len}
 
 
 def test_only_prompts_reach_decoding(parrot):
@@ -67,16 +77,16 @@ def test_only_prompts_reach_decoding(parrot):
     facts = [Fact("", question, f"secret {i}") for i, question in enumerate(QUESTIONS)]
     qas = [QA("", fact.question, fact.answer) for fact in facts]
     for measure in (
-        lambda adapt: recall.accuracy(ASKING, adapt, qas),
-        lambda adapt: runs.recalled(ASKING, adapt, facts),
+        lambda adapter_fn: recall.accuracy(ASKING, adapter_fn, qas),
+        lambda adapter_fn: recall.recalled(ASKING, adapter_fn, facts),
     ):
         bird, adapted_to, seen = parrot(), [], set()
 
-        def adapt(*prompts, adapted_to=adapted_to):
+        def adapter_fn(*prompts, adapted_to=adapted_to):
             adapted_to.append(prompts)
-            return recall.bare(*prompts)
+            return answering.BARE(*prompts)
 
-        measure(adapt)
+        measure(adapter_fn)
         assert len(adapted_to) == len(bird.given)
         for given, (prompt_BT, length_B, _) in zip(adapted_to, bird.given, strict=True):
             assert given[0] is prompt_BT
@@ -88,20 +98,20 @@ def test_only_prompts_reach_decoding(parrot):
 
 def test_accuracy_is_exact(parrot):
     """A right beginning is wrong, an answer that goes on too."""
-    answers = ["ab", "abc", "a", "AB", "ab ", ""]
+    judged = ["ab", "abc", "a", "AB", "ab ", ""]
     parrot()
-    assert recall.accuracy(ASKING, recall.bare, [QA("", "ab", answer) for answer in answers]) == [True] + [False] * 5
+    assert recall.accuracy(ASKING, answering.BARE, [QA("", "ab", answer) for answer in judged]) == [True] + [False] * 5
     parrot("x")
-    assert recall.accuracy(ASKING, recall.bare, [QA("", "ab", "ab"), QA("", "ab", "abx")]) == [False, True]
+    assert recall.accuracy(ASKING, answering.BARE, [QA("", "ab", "ab"), QA("", "ab", "abx")]) == [False, True]
     # Also where decoding is cut off right after the longest of the right answers.
     parrot("x" * 50)
-    assert recall.accuracy(ASKING, recall.bare, [QA("", "ab", "ab"), QA("", "abc", "ab")]) == [False, False]
+    assert recall.accuracy(ASKING, answering.BARE, [QA("", "ab", "ab"), QA("", "abc", "ab")]) == [False, False]
 
 
 def test_recalled_is_exact(parrot):
     parrot()
     facts = [Fact("", "ab", "ab"), Fact("", "é", "e"), Fact("", "ef", "ef")]
-    exact_F, generated = runs.recalled(ASKING, recall.bare, facts)
+    exact_F, generated = recall.recalled(ASKING, answering.BARE, facts)
     assert exact_F.tolist() == [True, False, True]
     assert generated == ["ab", "é", "ef"]
 
@@ -117,21 +127,21 @@ def test_recalled_is_exact(parrot):
     ],
 )
 def test_wilson(successes, trials, low, high):
-    assert recall.wilson(successes, trials) == pytest.approx((low, high), abs=5e-5)
-    assert recall.wilson(trials - successes, trials) == pytest.approx((1 - high, 1 - low), abs=5e-5)
+    assert intervals.wilson(successes, trials) == pytest.approx((low, high), abs=5e-5)
+    assert intervals.wilson(trials - successes, trials) == pytest.approx((1 - high, 1 - low), abs=5e-5)
 
 
-def test_asking_again_compiles_nothing(base, routing, caplog):
+def test_asking_again_compiles_nothing(model, router, caplog):
     """Tuning asks in its loop, each time with the rows as they are then."""
     questions = [fact.question for fact in helpers.FACTS]
-    shape = bank.row_shape(helpers.BACKBONE, helpers.CONFIG.memory)
-    fetch = jax.jit(bank.gather)
+    shape = experts.expert_shape(helpers.BACKBONE, helpers.CONFIG.memory)
+    fetch = jax.jit(experts.gather)
 
     def ask(seed):
-        rows_NR = np.random.default_rng(seed).normal(size=(4096, shape.floats)).astype(np.float32)
-        rows_NR = helpers.parts(rows_NR, shape)
-        adapt = recall.with_memory(base, routing, lambda ids_BK: fetch(rows_NR, ids_BK), helpers.CONFIG.memory)
-        return recall.answers(base, adapt, questions)
+        experts_NR = np.random.default_rng(seed).normal(size=(4096, shape.floats)).astype(np.float32)
+        experts_NR = helpers.parts(experts_NR, shape)
+        adapter_fn = storage.with_experts(model, router, lambda ids_BK: fetch(experts_NR, ids_BK), helpers.CONFIG)
+        return answering.answers(model, adapter_fn, questions)
 
     with jax.log_compiles():
         first = ask(0)

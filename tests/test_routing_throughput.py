@@ -6,13 +6,17 @@ import subprocess
 import sys
 
 import helpers
+import numpy as np
 import pytest
+from absl import flags
+
+from experiments import routing_throughput
 
 SMALL = (
     "--num_experts=4096",
     "--batches=1,8",
-    "--key_width=16",
-    "--selected=4",
+    "--key_dim=16",
+    "--top_k=4",
     "--answering=64,1024",
     "--seconds=0.02",
 )
@@ -33,8 +37,9 @@ def test_small(tmp_path):
     for name in ("exact", "product", "approximate", "matmul_max", "gather"):
         for batch in (1, 8):
             row = rows[name, 4096, batch]
-            assert row["queries_per_second"] == pytest.approx(batch / row["seconds"]) and row["key_width"] == 16
-            assert row["selected"] == 4 and row["ceiling_ratio"] is None or row["ceiling_ratio"] > 0
+            assert row["queries_per_second"] == pytest.approx(batch / row["seconds"])
+            assert (row["key_dim"], row["top_k"]) == (16, 4)
+            assert row["ceiling_ratio"] is None if name == "matmul_max" else row["ceiling_ratio"] > 0
             assert f"{name} " in result.stdout
             if name in ("exact", "product"):
                 assert row["recall"] == 1.0
@@ -45,16 +50,28 @@ def test_small(tmp_path):
     assert all(0 < row["routing_share"] < 1 for row in found["answering"])
 
 
+def test_the_share_of_experts_found():
+    """Of three queries, one with all of its experts in another order, one with half of them, one with none."""
+    reference_BK = np.array([[1, 2], [3, 4], [5, 6]])
+    shares = routing_throughput.share_found(np.array([[2, 1], [9, 4], [7, 8]]), reference_BK)
+    assert shares == pytest.approx((1 / 2, 1 / 3))
+
+
+def test_importing_defines_no_flags():
+    assert "num_experts" not in flags.FLAGS and "lookups" not in flags.FLAGS
+
+
 @pytest.mark.parametrize(
     "arguments, told",
     [
         (["--num_experts=1000"], "--num_experts=1000: must be a square"),
-        (["--num_experts=16", "--selected=32"], "--selected=32: more than --num_experts=16"),
-        (["--key_width=127"], "--key_width=127: must be even"),
+        (["--num_experts=16", "--top_k=32"], "--top_k=32: more than --num_experts=16"),
+        (["--key_dim=127"], "--key_dim=127: must be even for product keys (or leave product out of --lookups)"),
         (["--lookups=exact,nearest"], "no lookup 'nearest'"),
         (["--batches=0"], "--batches=0: '0' is not a positive whole number"),
+        (["--answering=31"], "--answering=31: must be at least 32"),
         (["--num_experts=many"], "--num_experts=many: 'many'"),
-        (["--selected=0"], "--selected"),
+        (["--top_k=0"], "--top_k"),
     ],
 )
 def test_bad_input(tmp_path, arguments, told):

@@ -9,9 +9,9 @@ import pytest
 from checkpoints import ABSENT, BEGIN, END, END_OF_TURN, edit
 from tokenizers import Tokenizer, normalizers
 
+from lamini_jax.backbone import tokenizer as tokenizers
+from lamini_jax.backbone.tokenizer import ByteTokenizer
 from lamini_jax.data import facts
-from lamini_jax.data import tokenizer as tokenizers
-from lamini_jax.data.tokenizer import ByteTokenizer
 from lamini_jax.errors import BAD_INPUT, UserError
 
 VOCABULARY = 416
@@ -47,7 +47,7 @@ def load(directory):
 
 def transformers_prompt(directory, question):
     """The ids that the library of these files makes of a question."""
-    transformers = pytest.importorskip("transformers", reason="compares with transformers")
+    transformers = pytest.importorskip("transformers", reason="compares with transformers: pip install -e .[parity]")
     tokenizer = transformers.AutoTokenizer.from_pretrained(directory)
     turns = [{"role": "user", "content": question}]
     return tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=True, return_dict=False)
@@ -124,7 +124,7 @@ def test_answers_come_back(original, text):
     completion = tokenizer.completion(text)
     assert completion[-1] == END_OF_TURN and completion.count(END_OF_TURN) == 1
     assert tokenizer.decode(completion) == tokenizer.decode([*completion, *completion]) == text
-    assert tokenizer.refusal(text, exactly=True) is None
+    assert tokenizer.why_unsupported(text, exactly=True) is None
 
 
 @pytest.mark.parametrize(
@@ -249,7 +249,7 @@ def test_bad_files_are_named(name, directory):
 def saved_bytes(tmp_path_factory):
     """The byte tokenizer in the files of a checkpoint."""
     directory = tmp_path_factory.mktemp("bytes")
-    tokenizers.save_bytes(directory)
+    ByteTokenizer().save(directory)
     return directory
 
 
@@ -278,3 +278,17 @@ def test_saved_bytes_are_the_byte_tokenizer(saved_bytes):
 def test_transformers_reads_saved_bytes(saved_bytes):
     for text in (*TEXTS, *random_texts()):
         assert transformers_prompt(saved_bytes, text) == ByteTokenizer().prompt(text)
+
+
+def test_saved_files_are_the_checkpoints(original, tmp_path):
+    load(original).save(tmp_path)
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {"tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json"}
+    assert all((tmp_path / name).read_bytes() == (original / name).read_bytes() for name in names)
+
+
+def test_tokenizers_are_static_arguments_of_compiled_functions(original):
+    """Byte tokenizers are all the same one: a second model compiles nothing again."""
+    assert ByteTokenizer() == ByteTokenizer() and hash(ByteTokenizer()) == hash(ByteTokenizer())
+    assert ByteTokenizer() != load(original)
+    hash(load(original))

@@ -12,9 +12,11 @@ from pathlib import Path
 import helpers
 import jax
 
-from lamini_jax import checkpoint, processes, runs, sharding
+from lamini_jax import training
 from lamini_jax.config import MeshConfig
 from lamini_jax.errors import UserError
+from lamini_jax.runtime import processes, sharding
+from lamini_jax.runtime.checkpointing import Checkpoints
 
 CONFIG = helpers.replace(helpers.CONFIG, memory={"num_experts": 4099})
 
@@ -22,22 +24,22 @@ CONFIG = helpers.replace(helpers.CONFIG, memory={"num_experts": 4099})
 def main(directory, epochs, port, process, signal=None, step=None):
     if process != "alone":
         processes.start(f"localhost:{port}", 2, int(process), 60)
-    sharding.use(MeshConfig(2, -1) if process != "alone" else MeshConfig(-1, 1))
+    sharding.set_mesh(MeshConfig(2, -1) if process != "alone" else MeshConfig(-1, 1))
     assert jax.device_count() == (8 if process != "alone" else 1)
-    ask = processes.terminated
+    preempted = processes.preempted
 
-    def terminated(steps):
+    def send_first(steps):
         if signal and steps == int(step):
             os.kill(os.getpid(), int(signal))
-        return ask(steps)
+        return preempted(steps)
 
-    processes.terminated = terminated
-    checkpoint.Checkpoints.due = lambda self: False
-    base = helpers.make_base(CONFIG)
+    processes.preempted = send_first
+    Checkpoints.due = lambda self: False
+    model = helpers.make_model(CONFIG)
     config = helpers.replace(CONFIG, tuning={"epochs": int(epochs)})
-    routing = helpers.random_router(CONFIG)
-    tuned = runs.tune_memory(config, base, lambda: routing, helpers.FACTS, Path(directory), "")
-    processes.say(f"at the end {tuned.log.loss[-1]}")
+    router = helpers.random_router(CONFIG)
+    tuned = training.memory_run(config, model, helpers.FACTS, Path(directory), "", router).result()
+    processes.print_once(f"at the end {tuned.progress.loss[-1]}")
 
 
 if __name__ == "__main__":
@@ -48,7 +50,7 @@ if __name__ == "__main__":
         print(f"error: {error}", file=sys.stderr)
         status = error.status
     except Exception as error:
-        status = processes.lost(error)
+        status = processes.lost_process_status(error)
         if status is None:
             raise
-    processes.end(status)
+    processes.exit_process(status)

@@ -1,6 +1,7 @@
 """Facts and questions as padded arrays of a few fixed shapes, so that nothing compiles inside a loop.
 
-F is the facts (or questions) of one bucket, T the tokens of its longest one, B the rows of a batch.
+F is the facts (or questions) of one bucket, T the tokens of its longest one, A those of its longest answer, C the most
+choices that a context has, B the rows of a batch.
 """
 
 import dataclasses
@@ -20,7 +21,7 @@ PROMPT_LENGTHS = (64, 128, 256)
 
 
 @dataclasses.dataclass(frozen=True)
-class Examples:
+class TokenizedFacts:
     """The facts of one bucket: prompt, then completion, then padding."""
 
     tokens_FT: np.ndarray
@@ -40,7 +41,7 @@ class Examples:
 
     @property
     def targets_FA(self) -> np.ndarray:
-        """The tokens of the completions, A being the longest one's; what follows a shorter one does not count."""
+        """The tokens of the completions; what follows a shorter one does not count."""
         places_FA = self.prompt_length_F[:, None] + np.arange(self.answer_length_F.max())[None]
         return np.take_along_axis(self.tokens_FT, np.minimum(places_FA, self.tokens_FT.shape[1] - 1), axis=1)
 
@@ -61,19 +62,19 @@ class Choices:
     tokens_FT: np.ndarray  # the context, then the choices' shared tokens
     start_F: np.ndarray  # the position that predicts the first token of the choices
     length_F: np.ndarray  # tokens of each choice
-    targets_FAC: np.ndarray  # the choices' tokens, A being the longest one's; what follows a shorter one does not count
+    targets_FAC: np.ndarray  # the choices' tokens; what follows a shorter one does not count
     item_F: np.ndarray  # in the list of items
     choice_FC: np.ndarray  # which of the item's choices; -1: none
 
 
-def encode(facts: Sequence[Fact], tokenizer, multiple: int = 8) -> list[Examples]:
+def encode(facts: Sequence[Fact], tokenizer, multiple: int = 8) -> list[TokenizedFacts]:
     """Facts in buckets, short ones first, of at most MAX_SHAPES lengths T that `multiple` divides."""
     prompts = [tokenizer.prompt(fact.question) for fact in facts]
     sequences = [prompt + tokenizer.completion(fact.answer) for prompt, fact in zip(prompts, facts, strict=True)]
     prompt_lengths = np.array([len(prompt) for prompt in prompts], np.int32)
     widths = _bucket_widths(np.array([len(sequence) for sequence in sequences]), multiple)
     return [
-        Examples(tokens_FT, prompt_lengths[index_F], length_F, index_F)
+        TokenizedFacts(tokens_FT, prompt_lengths[index_F], length_F, index_F)
         for tokens_FT, length_F, index_F in _buckets(sequences, widths, tokenizer.pad_id)
     ]
 
@@ -103,11 +104,11 @@ def choices(items: Sequence[MultipleChoice], tokenizer) -> list[Choices]:
 
 
 def epoch_batches(
-    examples: Sequence[Examples], batch_size: int, seed: int, epoch: int, active: np.ndarray | None = None
+    examples: Sequence[TokenizedFacts], batch_size: int, seed: int, epoch: int, active: np.ndarray | None = None
 ) -> Iterator[tuple[int, np.ndarray]]:
-    """Each fact once, in an order that (seed, epoch) alone decide: the number of a bucket and `rows_B` of it.
+    """Each fact once, in an order that (seed, epoch) alone decide: the number of a bucket and `index_B` of its facts.
 
-    Buckets are mixed; one of fewer facts than a batch has smaller batches. Rows of -1 fill the last batch of each.
+    Buckets are mixed; one of fewer facts than a batch has smaller batches. -1 fills the last batch of each.
     `active` (one bool per fact) leaves some facts out.
     """
     rng = np.random.default_rng((seed, epoch))
@@ -116,16 +117,16 @@ def epoch_batches(
         order = rng.permutation(len(facts.index_F)).astype(np.int32)
         if active is not None:
             order = order[active[facts.index_F[order]]]
-        for rows_B in in_order(order.size, min(batch_size, len(facts.index_F))):
-            batches.append((bucket, np.where(rows_B >= 0, order[rows_B], -1)))
+        for index_B in in_order(order.size, min(batch_size, len(facts.index_F))):
+            batches.append((bucket, np.where(index_B >= 0, order[index_B], -1)))
     return (batches[i] for i in rng.permutation(len(batches)))
 
 
 def in_order(count: int, batch_size: int) -> Iterator[np.ndarray]:
-    """`rows_B` of 0 to count - 1, in order; rows of -1 fill the last batch."""
-    rows = np.full(-(-count // batch_size) * batch_size, -1, np.int32)
-    rows[:count] = np.arange(count)
-    return iter(rows.reshape(-1, batch_size))
+    """`index_B` of 0 to count - 1, in order; -1 fills the last batch."""
+    index = np.full(-(-count // batch_size) * batch_size, -1, np.int32)
+    index[:count] = np.arange(count)
+    return iter(index.reshape(-1, batch_size))
 
 
 def _choices(tokens_FT: np.ndarray, keys: list, ends: list[list[tuple[int, int]]]) -> Choices:

@@ -103,16 +103,16 @@ def mmlu(directory: str | pathlib.Path, per_subject: int | None = None) -> list[
     return items
 
 
-def fitting(items: Sequence[MultipleChoice], tokenizer, context: int) -> list[MultipleChoice]:
-    """The items that fit with each choice in `context` tokens, with as many of their examples as fit.
+def fitting(items: Sequence[MultipleChoice], tokenizer, max_seq_len: int) -> list[MultipleChoice]:
+    """The items that fit with each choice in `max_seq_len` tokens, with as many of their examples as fit.
 
     The last example goes first, as in MMLU's authors' code; what does not fit without any is left out.
     """
     kept = []
     for item in items:
-        while not _fits(item, tokenizer, context) and item.shots:
+        while not _fits(item, tokenizer, max_seq_len) and item.shots:
             item = dataclasses.replace(item, shots=item.shots[:-1])
-        if item.shots or _fits(item, tokenizer, context):
+        if item.shots or _fits(item, tokenizer, max_seq_len):
             kept.append(item)
     return kept
 
@@ -125,9 +125,9 @@ def fingerprint(items: Sequence[MultipleChoice]) -> str:
     return digest.hexdigest()[:16]
 
 
-def _fits(item: MultipleChoice, tokenizer, context: int) -> bool:
+def _fits(item: MultipleChoice, tokenizer, max_seq_len: int) -> bool:
     parts = (tokenizer.continuation(item.context, choice) for choice in item.choices)
-    return all(len(before) + len(after) <= context for before, after in parts)
+    return all(len(before) + len(after) <= max_seq_len for before, after in parts)
 
 
 def _letter_questions(path: pathlib.Path) -> list[tuple[str, str]]:

@@ -1,11 +1,11 @@
-"""Facts: questions with the one answer that a model has to return exactly, from a user's JSONL or from a dataset."""
+"""Facts: questions with the one answer that a model has to return exactly, and how users' JSONL is read."""
 
 import codecs
 import dataclasses
 import hashlib
 import json
 import string
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,8 +13,6 @@ from absl import logging
 
 from lamini_jax.errors import UserError
 
-ANSWERS = ("true", "random")
-DATASETS = ("world", "phone_book", "truthful_qa")
 RANDOM_LENGTH = 32
 
 _RANDOM_SYMBOLS = string.ascii_uppercase + string.digits
@@ -46,89 +44,77 @@ def random_answer_to(question: str, seed: int) -> str:
     return random_answer(np.random.default_rng(list(digest)))
 
 
-def read_jsonl(path: str, tokenizer, context: int) -> list[Fact]:
-    """A user's own facts, in order, from lines like {"question": "...", "answer": "..."}.
+def read_jsonl(path: str, tokenizer, max_seq_len: int) -> list[Fact]:
+    """A user's own facts, in order, from lines like {"question": "...", "answer": "..."}; blank lines are skipped.
 
-    Other keys and blank lines are skipped; a repeated fact counts once, with a warning. Raises UserError, with the file
-    and the line, for what is not a fact, a fact of more than `context` tokens, or a question with two answers.
+    Raises UserError as `from_records` does, and for what is not such a line.
+    """
+    example = '{"question": "...", "answer": "..."}'
+    records = ((f"line {number}", record) for number, record in _records(path, example))
+    return from_records(path, records, tokenizer, max_seq_len)
+
+
+def from_records(origin: str, records: Iterable[tuple[str, Any]], tokenizer, max_seq_len: int) -> list[Fact]:
+    """Facts from pairs of a name (where it stands in `origin`) and an object with "question" and "answer".
+
+    Other keys are skipped; a repeated fact counts once, with a warning. Raises UserError, saying where, for what is not
+    a fact, a fact of more than `max_seq_len` tokens, or a question with two answers.
     """
     facts: dict[str, Fact] = {}
-    first_lines: dict[str, int] = {}
+    first_places: dict[str, str] = {}
     repeats: list[str] = []
-    for number, record in _records(path, '{"question": "...", "answer": "..."}'):
-        where = f"{path}, line {number}"
+    for place, record in records:
+        where = f"{origin}, {place}"
+        if not isinstance(record, Mapping):
+            raise UserError(f'{where}: is not an object with "question" and "answer"')
         question, answer = _text(record, "question", where), _text(record, "answer", where)
         for key, text in (("question", question), ("answer", answer)):
-            if refusal := tokenizer.refusal(text, exactly=key == "answer"):
-                raise UserError(f'{where}: "{key}" {refusal}')
-        _check_length(len(tokenizer.prompt(question)) + len(tokenizer.completion(answer)), context, "the fact", where)
+            if reason := tokenizer.why_unsupported(text, exactly=key == "answer"):
+                raise UserError(f'{where}: "{key}" {reason}')
+        tokens = len(tokenizer.prompt(question)) + len(tokenizer.completion(answer))
+        _check_length(tokens, max_seq_len, "the fact", where)
         known = facts.setdefault(question, Fact(fact_id(question), question, answer))
-        first = first_lines.setdefault(question, number)
+        first = first_places.setdefault(question, place)
         if known.answer != answer:
-            raise UserError(f"{where}: answers the question of line {first} differently; keep one of them")
-        if first != number:
-            repeats.append(f"line {number} repeats line {first}")
+            raise UserError(f"{where}: answers the question of {first} differently; keep one of them")
+        if first != place:
+            repeats.append(f"{place} repeats {first}")
     if not facts:
-        raise UserError(f'{path}: has no facts; write one per line, like {{"question": "...", "answer": "..."}}')
+        raise UserError(f'{origin}: has no facts; write one per line, like {{"question": "...", "answer": "..."}}')
     if repeats:
         more = f" and {len(repeats) - _LINES_NAMED} more" if len(repeats) > _LINES_NAMED else ""
-        logging.warning("%s: %s%s; each fact counts once", path, ", ".join(repeats[:_LINES_NAMED]), more)
+        logging.warning("%s: %s%s; each fact counts once", origin, ", ".join(repeats[:_LINES_NAMED]), more)
     return list(facts.values())
 
 
-def read_questions(path: str, tokenizer, context: int) -> list[dict[str, Any]]:
+def fingerprint(facts: Sequence[Fact]) -> str:
+    """A short name for a list of facts; other facts, or the same in another order, have another."""
+    text = json.dumps([(fact.question, fact.answer) for fact in facts])
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def read_questions(path: str, tokenizer, max_seq_len: int) -> list[dict[str, Any]]:
     """The objects of a file with lines like {"question": "..."}, whole, in order, repeated ones included.
 
-    Raises UserError, with the file and the line, for anything else and where `context` has no room left for an answer.
+    Raises UserError, with the file and the line, for anything else and for questions that leave no room for an answer.
     """
     objects = []
     for number, record in _records(path, '{"question": "..."}'):
         where = f"{path}, line {number}"
         question = _text(record, "question", where)
-        check_question(question, tokenizer, context, where)
+        check_question(question, tokenizer, max_seq_len, where)
         objects.append(record)
     if not objects:
         raise UserError(f'{path}: has no questions; write one per line, like {{"question": "..."}}')
     return objects
 
 
-def check_question(question: str, tokenizer, context: int, where: str) -> None:
+def check_question(question: str, tokenizer, max_seq_len: int, where: str) -> None:
     """Raises UserError, naming `where` it stands, for a question that is empty or leaves no room for an answer."""
     _text({"question": question}, "question", where)
-    if refusal := tokenizer.refusal(question, exactly=False):
-        raise UserError(f"{where}: the question {refusal}")
-    _check_length(len(tokenizer.prompt(question)), context - 1, "the question", where)
-
-
-def load(name: str, answers: str, count: int, seed: int, directory: str) -> list[Fact]:
-    """The first `count` facts of a dataset, with their true answers or with random ones (section 2).
-
-    phone_book has its own digits for both. Raises UserError, with the flag, for values that make no sense.
-    """
-    facts = load_up_to(name, answers, count, seed, directory)
-    if len(facts) < count:
-        raise UserError(f"--config.data.count={count}: {name} has {len(facts)} facts; ask for no more")
-    return facts
-
-
-def load_up_to(name: str, answers: str, count: int, seed: int, directory: str) -> list[Fact]:
-    """Like `load`, but all facts of a dataset that has fewer."""
-    if name not in DATASETS:
-        raise UserError(f"--config.data.facts={name}: must be one of {', '.join(DATASETS)}")
-    if answers not in ANSWERS:
-        raise ValueError(f"answers={answers!r}: must be one of {', '.join(ANSWERS)}")
-    if count < 1:
-        raise UserError(f"--config.data.count={count}: must be at least 1")
-    # Here, because it imports tensorflow_datasets, which takes a second that a user's own JSONL should not pay.
-    from lamini_jax.data import builders
-
-    if name == "world":
-        dataset = builders.world(answers, seed)
-    elif name == "phone_book":
-        dataset = builders.phone_book(count, seed)
-    else:
-        dataset = builders.truthful_qa(answers, seed, directory)
-    return [Fact(**row) for row in builders.rows(dataset, min(count, builders.size(dataset)))]
+    if reason := tokenizer.why_unsupported(question, exactly=False):
+        raise UserError(f"{where}: the question {reason}")
+    _check_length(len(tokenizer.prompt(question)), max_seq_len - 1, "the question", where)
 
 
 def _records(path: str, example: str) -> Iterator[tuple[int, dict[str, Any]]]:

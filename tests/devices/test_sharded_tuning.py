@@ -1,15 +1,22 @@
 """A run on a mesh is the run of one device: the same experts, the same losses, the same rows, whatever divides N."""
 
+import dataclasses
+
 import helpers
 import jax
 import numpy as np
 import pytest
+from helpers import FACTS, QUESTIONS
 from jax.sharding import AxisType
 
-from lamini_jax import bank, model, recall, router, row_optimizer, runs, sharding, tuning
+from experiments.compile_ahead import collectives
+from lamini_jax.backbone import answering
 from lamini_jax.config import MeshConfig
 from lamini_jax.errors import DEVICES, UserError
-from launch.compile_ahead import collectives
+from lamini_jax.memory import experts, routers
+from lamini_jax.memory.routers import experts as expert_router
+from lamini_jax.runtime import sharding
+from lamini_jax.training import FullMethod, LoraMethod, MemoryMethod, loop
 
 MESHES = [(1, 8), (2, 4), (8, 1)]
 # 4099 is a prime; 20 facts and batches of 10 are no multiples of 8 either.
@@ -17,42 +24,38 @@ CONFIG = helpers.replace(helpers.CONFIG, memory={"num_experts": 4099}, tuning={"
 STEPS = 20
 
 
-QUESTIONS = [fact.question for fact in helpers.FACTS]
-
-
 def run(config, projection, mesh=None):
     """20 steps; the selection, the losses of each epoch, the rows and the optimizer's state by expert, the answers."""
-    with sharding.use(MeshConfig(*(mesh or (1, 1))), jax.devices() if mesh else jax.devices()[:1]):
-        base = helpers.make_base(config)
-        routing = router.make(config, *projection)
-        expert_ids_FK = model.select_all(base, routing, QUESTIONS, config.memory.selected)
-        ready = helpers.make_tuning(config, base, helpers.FACTS, expert_ids_FK)
-        state, log, losses = ready.fresh_state(), tuning.new_log(len(helpers.FACTS)), []
-        for _ in range(config.tuning.epochs):
-            state = tuning.train_epoch(ready.method, base.params, state, ready.facts, log, config.tuning, 0)
-            losses.append(log.total_F.copy())
-            log.loss.append(0.0)
-        assert log.steps == STEPS and ready.method.step._cache_size() == 1
-        rows_NR, ids_S = state.rows_NR, np.asarray(state.slots.expert_ids_S)
-        adapt = recall.with_memory(base, routing, lambda ids: runs._gather(rows_NR, ids), config.memory)
-        answers = recall.answers(base, adapt, QUESTIONS, longest=6)
-        order = np.argsort(ids_S)[: np.count_nonzero(ids_S != row_optimizer.NONE)]
-        by_expert = jax.tree.map(lambda x: np.asarray(x)[order], state.slots.state)
-        return expert_ids_FK, np.array(losses), helpers.flat(rows_NR)[: config.memory.num_experts], by_expert, answers
+    with sharding.set_mesh(MeshConfig(*(mesh or (1, 1))), jax.devices() if mesh else jax.devices()[:1]):
+        model = helpers.make_model(config)
+        router = expert_router.make(config, *projection)
+        selection = routers.select_facts(model, router, QUESTIONS, config.memory.top_k)
+        method = MemoryMethod.create(config, model, FACTS, selection)
+        progress, losses = loop.new_progress(len(FACTS)), []
+        for now, _ in loop.epochs(method, method.init(), progress):
+            state = now
+            if progress.batches == 0:
+                losses.append(progress.total_F.copy())
+        assert progress.steps == STEPS and method.step._cache_size() == 1
+        answers = answering.answers(*method.adapter(state), QUESTIONS, max_new_tokens=6)
+        _, by_expert = helpers.by_expert(state.slots.expert_ids_S, state.slots.state)
+        rows_NR = helpers.flat(state.experts_NR)[: config.memory.num_experts]
+        return selection.expert_ids_FK, np.array(losses), rows_NR, by_expert, answers
 
 
 @pytest.fixture(scope="module", params=[("exact", "adam"), ("product", "adafactor")], ids=lambda pair: pair[0])
 def config(request):
     lookup, optimizer = request.param
     memory = {"num_experts": 67**2} if lookup == "product" else {}
-    return helpers.replace(CONFIG, memory=memory, router={"lookup": lookup}, tuning={"optimizer": optimizer})
+    settings = dataclasses.replace(CONFIG.tuning.optimizer, name=optimizer)
+    return helpers.replace(CONFIG, memory=memory, router={"lookup": lookup}, tuning={"optimizer": settings})
 
 
 @pytest.fixture(scope="module")
 def projection(config):
     """A router that keeps the questions apart, so that every shard has experts of its own to train."""
-    routing = model.make_router(config, helpers.make_base(config), QUESTIONS)
-    return np.asarray(routing.mean_D), np.asarray(routing.transform_DC)
+    router = routers.train(config, helpers.make_model(config), QUESTIONS)
+    return np.asarray(router.mean_D), np.asarray(router.transform_DC)
 
 
 @pytest.fixture(scope="module")
@@ -67,36 +70,52 @@ def test_sharded_equals_unsharded(config, projection, alone, mesh):
     np.testing.assert_array_equal(selection, alone[0])
     np.testing.assert_allclose(losses, alone[1], rtol=1e-3, atol=1e-3)
     np.testing.assert_allclose(rows, alone[2], atol=2e-3)
-    for found, expected in zip(jax.tree.leaves(optimizer), jax.tree.leaves(alone[3]), strict=True):
+    for found, expected in zip(optimizer, alone[3], strict=True):
         np.testing.assert_allclose(found, expected, rtol=1e-2, atol=1e-3 * np.abs(expected).max())
     assert answers == alone[4]
-    moved = (
-        alone[2]
-        != helpers.flat(bank.init(np.uint32(2), bank.row_shape(config.backbone, config.memory), 4489))[: len(rows)]
-    ).any(axis=1)
-    assert set(np.flatnonzero(moved)) == set(selection.ravel())
+    shape = experts.expert_shape(config.backbone, config.memory)
+    fresh = helpers.flat(experts.init(np.uint32(config.seed), shape, len(rows)))
+    moved_N = (alone[2] != fresh).any(axis=1)
+    assert set(np.flatnonzero(moved_N)) == set(selection.ravel())
 
 
 @pytest.mark.parametrize("mesh", MESHES)
-def test_nothing_in_a_step_grows_with_the_bank(mesh):
+def test_nothing_in_a_step_grows_with_the_experts(mesh):
     """Neither what travels between devices nor what each of them keeps for a while."""
     travels, temporary = {}, {}
     for num_experts in (4099, 16 * 4099):
-        with sharding.use(MeshConfig(*mesh)):
+        with sharding.set_mesh(MeshConfig(*mesh)):
             config = helpers.replace(CONFIG, memory={"num_experts": num_experts})
-            base = helpers.make_base(config)
+            model = helpers.make_model(config)
             rng = np.random.default_rng(0)
-            ids_FK = np.sort(rng.choice(4099, (len(helpers.FACTS), 8), replace=False), axis=1)
-            ready = helpers.make_tuning(config, base, helpers.FACTS, ids_FK * (num_experts // 4099))
-            rows_B = np.full(16, -1, np.int32)
-            arguments = base.params, ready.fresh_state(), ready.facts.buckets[0], rows_B
-            compiled = ready.method.step.lower(*arguments).compile()
+            ids_FK = np.sort(rng.choice(4099, (len(FACTS), 8), replace=False), axis=1)
+            method = helpers.make_method(config, model, FACTS, ids_FK * (num_experts // 4099))
+            index_B = np.full(16, -1, np.int32)
+            compiled = method.step.lower(model, method.init(), method.data.buckets[0], index_B).compile()
         travels[num_experts] = collectives(compiled.as_text())
         temporary[num_experts] = compiled.memory_analysis().temp_size_in_bytes
     few, many = travels.values()
     assert few and few == many
     few, many = temporary.values()
     assert many <= 1.01 * few
+
+
+@pytest.mark.parametrize("make", [LoraMethod, FullMethod])
+def test_sharded_baselines_equal_unsharded_ones(make):
+    """And Adam's moments, which are as large as what is trained, lie where that lies."""
+    losses = []
+    for mesh in ((1, 1), (2, 4)):
+        with sharding.set_mesh(MeshConfig(*mesh), jax.devices()[: mesh[0] * mesh[1]]):
+            method = make.create(CONFIG, helpers.make_model(CONFIG), FACTS)
+            state = method.init()
+            moments, trained = jax.tree.leaves(state.optimizer[0].mu), jax.tree.leaves(state.trained)
+            for moment, leaf in zip(moments, trained, strict=True):
+                assert moment.sharding.shard_shape(moment.shape) == leaf.sharding.shard_shape(leaf.shape)
+            for _ in range(3):
+                state, found = method.step(method.model, state, method.data.buckets[0], np.arange(8, dtype=np.int32))
+                losses.append(np.asarray(found.total_B))
+    np.testing.assert_allclose(losses[3:], losses[:3], rtol=1e-4)
+    assert losses[2].mean() < 0.95 * losses[0].mean()
 
 
 def test_a_mesh_must_have_all_devices():
@@ -110,18 +129,18 @@ def test_a_mesh_must_have_all_devices():
 
 
 def test_columns_must_divide():
-    config = helpers.replace(CONFIG, backbone={"mlp_width": 44})
-    with sharding.use(MeshConfig(1, 8)), pytest.raises(UserError, match="44 and 32"):
-        bank.row_shape(config.backbone, config.memory)
+    config = helpers.replace(CONFIG, backbone={"mlp_dim": 44})
+    with sharding.set_mesh(MeshConfig(1, 8)), pytest.raises(UserError, match="44 and 32"):
+        experts.expert_shape(config.backbone, config.memory)
 
 
 def test_each_device_holds_its_part_alone():
-    with sharding.use(MeshConfig(2, 4)):
+    with sharding.set_mesh(MeshConfig(2, 4)):
         config = helpers.replace(CONFIG, memory={"num_experts": 4100})
-        rows_NR = bank.init(np.uint32(0), bank.row_shape(config.backbone, config.memory), 4100)
-        base = helpers.make_base(config)
+        experts_NR = experts.init(np.uint32(0), experts.expert_shape(config.backbone, config.memory), 4100)
+        model = helpers.make_model(config)
         keys = helpers.random_router(config).keys
-    assert {shard.data.shape for shard in rows_NR["down"].addressable_shards} == {(2050, 2, 12)}
+    assert {shard.data.shape for shard in experts_NR["down"].addressable_shards} == {(2050, 2, 12)}
     assert {shard.data.shape for shard in keys.addressable_shards} == {(513, 16)}
-    mlp = base.params["suffix_layers"]["gate_proj"]["weight"]
+    mlp = model.params["suffix_layers"]["gate_proj"]["weight"]
     assert {shard.data.shape for shard in mlp.addressable_shards} == {(2, 32, 12)}

@@ -1,0 +1,60 @@
+"""How long a training step takes: several methods in turn, so that a machine that is busy for a while slows all."""
+
+import functools
+import time
+from collections.abc import Mapping, Sequence
+
+import jax
+import numpy as np
+import tqdm
+
+from lamini_jax import Fact
+from lamini_jax.backbone.frozen_model import FrozenModel
+from lamini_jax.config import Config
+from lamini_jax.memory.routers import FactSelection
+from lamini_jax.runtime import sharding
+from lamini_jax.training import MemoryMethod, TrainMethod
+
+FEW_EXPERTS = 2**14
+TURNS = 15
+
+
+class TimedStep:
+    """A method's step on all of its facts, which are of one length, with the seconds that each took."""
+
+    def __init__(self, method: TrainMethod):
+        (examples,), (facts,) = method.data.examples, method.data.buckets
+        index_B = sharding.pad_rows(np.arange(len(examples.index_F), dtype=np.int32), "batch", fill=-1)
+        self._model, self._state, self._batch = method.model, method.init(), facts.batch(index_B)
+        self.lowered = method.step.lower(self._model, self._state, *self._batch)
+        self.tokens, self.answer_tokens = examples.tokens_FT.shape[1], examples.targets_FA.shape[1]
+        self.seconds: list[float] = []
+
+    @functools.cached_property
+    def compiled(self) -> jax.stages.Compiled:
+        return self.lowered.compile()
+
+    def take(self) -> None:
+        """One step. The first compiles."""
+        started = time.perf_counter()
+        self._state, _ = jax.block_until_ready(self.compiled(self._model, self._state, *self._batch))
+        self.seconds.append(time.perf_counter() - started)
+
+
+def take_turns(steps: Mapping[str, TimedStep], bar: tqdm.tqdm) -> dict[str, list[float]]:
+    """The seconds of each step, taken in turn so that a machine that is busy for a while slows all."""
+    for _ in range(TURNS + 1):  # the first turn compiles
+        for name, step in steps.items():
+            bar.set_postfix_str(name, refresh=False)
+            step.take()
+            bar.update()
+    return {name: step.seconds[1:] for name, step in steps.items()}
+
+
+def with_own_experts(config: Config, model: FrozenModel, facts: Sequence[Fact], multiple: int) -> MemoryMethod:
+    """Memory tuning where each fact has experts of its own, the same ones for any N: a step has as many to update."""
+    k, among = config.memory.top_k, min(FEW_EXPERTS, config.memory.num_experts)
+    picked = np.random.default_rng(config.seed).permutation(among)[: len(facts) * k]
+    ids_FK = picked.astype(np.int32).reshape(-1, k)
+    gates_FK = np.full(ids_FK.shape, k**-0.5, np.float32)
+    return MemoryMethod.create(config, model, facts, FactSelection(None, ids_FK, gates_FK), multiple=multiple)

@@ -1,0 +1,229 @@
+"""What programs use: tune facts, load a tuned memory and ask it, load a backbone. The commands are thin over it."""
+
+import dataclasses
+import json
+import os
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from lamini_jax.backbone import answering, checkpoints, frozen_model, transformer
+from lamini_jax.backbone.decoding import Sampling
+from lamini_jax.backbone.frozen_model import FrozenModel
+from lamini_jax.config import BackboneConfig, Config, identity, tiny, to_config_dict
+from lamini_jax.data import facts as facts_lib
+from lamini_jax.data.facts import Fact
+from lamini_jax.errors import UserError
+from lamini_jax.evaluation import recall
+from lamini_jax.memory import storage
+from lamini_jax.memory.storage import StoredMemory
+from lamini_jax.runtime import processes, workdir
+
+Facts = str | os.PathLike | Iterable[Fact | Mapping[str, Any]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Answer:
+    """What the model answered, how sure it was, and which experts the question selected."""
+
+    text: str
+    probability: float  # of its least likely token
+    experts: list[int]  # that the question selected
+    trained_experts: int  # of these: all for a question as it was tuned, fewer for most others
+
+
+class Memory:
+    """A tuned memory beside its backbone, ready to answer questions."""
+
+    def __init__(self, config: Config, model: FrozenModel, stored: StoredMemory):
+        self.config, self.model = config, model
+        self.stored = stored
+        self.adapter_fn = storage.adapter_fn(model, stored, config)
+        self._trained_ids = np.asarray(stored.expert_ids_S)
+
+    def ask(
+        self,
+        questions: str | Sequence[str],
+        max_new_tokens: int | None = None,
+        temperature: float = 0.0,
+        seed: int = 0,
+    ) -> Answer | list[Answer]:
+        """The answer to a question, or the answers to several, which are asked in batches.
+
+        Decoding is greedy unless a temperature is given. Raises UserError for a question that cannot be asked.
+        """
+        several = [questions] if isinstance(questions, str) else list(questions)
+        for number, question in enumerate(several, 1):
+            facts_lib.check_question(question, self.model.tokenizer, self.model.max_seq_len, f"question {number}")
+        given = answering.ask(self.model, self.adapter_fn, several, max_new_tokens, _sampling(temperature, seed))
+        options = {"desc": "asking", "unit": "question", "delay": processes.LONG_SECONDS, "leave": False}
+        answers = dict(processes.progress_bar(given, total=len(several), **options))
+        answers = [self._answer(answers[number]) for number in range(len(several))]
+        return answers[0] if isinstance(questions, str) else answers
+
+    def stream(self, question: str, temperature: float = 0.0, seed: int = 0) -> Iterator[Answer]:
+        """The answer to a question as it grows, token by token."""
+        facts_lib.check_question(question, self.model.tokenizer, self.model.max_seq_len, "the question")
+        for answer in answering.stream(self.model, self.adapter_fn, question, _sampling(temperature, seed)):
+            yield self._answer(answer)
+
+    def _answer(self, answer: answering.Answer) -> Answer:
+        trained = int(np.isin(answer.expert_ids, self._trained_ids).sum())
+        return Answer(answer.text, answer.probability, answer.expert_ids, trained)
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """A directory that holds a memory, with its config: what it needs is known before anything large is read."""
+
+    directory: Path
+    config: Config
+    is_export: bool
+
+    def with_backbone(self, path: str | None) -> "Source":
+        """The same memory beside the backbone at another place. Raises UserError for one of another shape."""
+        if path is None:
+            return self
+        known = self.config.backbone
+        found = checkpoints.resolve(BackboneConfig(path=path, max_seq_len=known.max_seq_len, dtype=known.dtype))
+        if dataclasses.replace(found, path=known.path) != known:
+            raise UserError(f"--backbone={path}: this memory was made for another backbone, of another shape")
+        return dataclasses.replace(self, config=dataclasses.replace(self.config, backbone=found))
+
+    def load(self, lookup: str | None = None) -> Memory:
+        """The memory, with its backbone. Raises UserError if it is damaged, or was tuned beside other weights."""
+        router = self.config.router
+        if lookup not in (None, "approximate"):
+            raise UserError(f"--lookup={lookup}: must be approximate")
+        if lookup is not None and (router.kind, router.lookup) != ("experts", "exact"):
+            raise UserError(
+                f"--lookup={lookup}: this memory was tuned with a {router.kind} router, {router.lookup} keys"
+            )
+        model = frozen_model.load(self.config)
+        if self.is_export:
+            stored = storage.load_export(self.config, self.directory)
+        else:
+            stored = storage.load_run(self.config, self.directory / "checkpoints")
+        if lookup is not None:
+            stored = dataclasses.replace(stored, router=stored.router.replace(lookup=lookup))
+        return Memory(self.config, model, stored)
+
+
+def run_source(directory: str | os.PathLike) -> Source:
+    """The memory in a work directory of `tune`. Raises UserError if nothing has finished there."""
+    return Source(Path(directory), storage.run_config(Path(directory)), is_export=False)
+
+
+def export_source(directory: str | os.PathLike) -> Source:
+    """The memory that `lamini_jax.export` wrote. Raises UserError if there is none."""
+    return Source(Path(directory), storage.export_config(Path(directory)), is_export=True)
+
+
+def load(directory: str | os.PathLike, backbone: str | None = None, lookup: str | None = None) -> Memory:
+    """The memory in a work directory of `tune`, or in one that `lamini_jax.export` wrote.
+
+    `backbone` is where the backbone's checkpoint is, if it has moved; `lookup="approximate"` finds experts faster on a
+    TPU and misses some. Raises UserError if there is no finished memory, or another backbone.
+    """
+    find = export_source if storage.is_export(Path(directory)) else run_source
+    return find(directory).with_backbone(backbone).load(lookup)
+
+
+def load_backbone(path: str = "", dtype: str = "float32", max_seq_len: int = 256) -> tuple[BackboneConfig, Any]:
+    """The config and the parameters of a checkpoint, for `logits(config, params, tokens_BT)`.
+
+    `path` is a directory in a format that backbone/checkpoints reads, or a name on the Hub; empty: the tiny backbone
+    that ships.
+    """
+    return checkpoints.load_whole(path, dtype, max_seq_len)
+
+
+logits = transformer.logits
+
+
+@dataclasses.dataclass(frozen=True)
+class TuneResult:
+    """What tuning came to, which is also in the work directory's results.json."""
+
+    facts: int
+    holding: int  # certified and recalled
+    recalled: int
+    certified: int
+    epochs: int
+    seconds: float
+
+
+def tune(facts: Facts, directory: str | os.PathLike, config: Config | None = None) -> TuneResult:
+    """Tunes facts until every one of them is certified and recalled exactly, or the budget of epochs ends.
+
+    `facts` is a JSONL file or mappings with "question" and "answer". The directory gets checkpoints, recall.jsonl (what
+    the model really answers to every question) and results.json. Called again, it continues where it was stopped; a
+    result whose facts all hold is returned as it is. Raises UserError for bad facts, or for a directory of another run.
+    """
+    from lamini_jax import training  # here, so that answering imports no training
+    from lamini_jax.configure import configure
+
+    config = configure(to_config_dict(config or tiny()))
+    facts = read_facts(facts, config)
+    model = frozen_model.load(config)
+    directory = workdir.open_workdir(directory, run_identity(config, facts))
+    previous = directory / "results.json"
+    if previous.exists() and (result := TuneResult(**json.loads(previous.read_text()))).holding == len(facts):
+        return result
+    started, title = time.time(), f"tuning {len(facts)} facts"
+    run = training.memory_run(config, model, facts, directory / "checkpoints", title, until_all_hold=True)
+    tuned = run.result()
+    recalled_F, generated = recall.recalled(tuned.model, tuned.adapter_fn, facts)
+    _write_recall(directory / "recall.jsonl", tuned, recalled_F, generated)
+    result = TuneResult(
+        facts=len(facts),
+        holding=int((recalled_F & tuned.certified_F).sum()),
+        recalled=int(recalled_F.sum()),
+        certified=int(tuned.certified_F.sum()),
+        epochs=tuned.progress.epoch,
+        seconds=round(time.time() - started, 1),
+    )
+    workdir.write_json(previous, dataclasses.asdict(result))
+    return result
+
+
+def read_facts(facts: Facts, config: Config) -> list[Fact]:
+    """Facts that the backbone of this config can carry. Raises UserError, saying where, for one that it cannot."""
+    arguments = checkpoints.load_tokenizer(config.backbone), config.backbone.max_seq_len
+    if isinstance(facts, str | os.PathLike):
+        return facts_lib.read_jsonl(os.fspath(facts), *arguments)
+    mappings = (vars(fact) if isinstance(fact, Fact) else fact for fact in facts)
+    records = ((f"fact {number}", fact) for number, fact in enumerate(mappings, 1))
+    return facts_lib.from_records("facts", records, *arguments)
+
+
+def run_identity(config: Config, facts: Sequence[Fact]) -> dict[str, Any]:
+    """What a work directory is bound to: the facts and everything but the budget of epochs, which may be raised."""
+    values = identity(config)
+    del values["tuning"]["epochs"]
+    return {"config": values, "facts": facts_lib.fingerprint(facts)}
+
+
+def _write_recall(path: Path, tuned, recalled_F: np.ndarray, generated: Sequence[str]) -> None:
+    lines = [
+        {
+            "question": fact.question,
+            "answer": fact.answer,
+            "generated": text,
+            "exact": bool(exact),
+            "certified": bool(certified),
+            "worst_token_loss": float(worst),
+        }
+        for fact, text, exact, certified, worst in zip(
+            tuned.facts, generated, recalled_F, tuned.certified_F, tuned.progress.worst_F, strict=True
+        )
+    ]
+    workdir.write_text(path, "".join(json.dumps(line) + "\n" for line in lines))
+
+
+def _sampling(temperature: float, seed: int) -> Sampling | None:
+    return Sampling(jax.random.key(seed), np.float32(temperature)) if temperature else None

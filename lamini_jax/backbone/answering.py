@@ -1,0 +1,104 @@
+"""Questions in, answers out: free-running decoding of a backbone with whatever is added to it.
+
+What answers is a backbone and an AdapterFn. Both are given prompts, and prompts hold no answer.
+"""
+
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from lamini_jax.backbone import decoding
+from lamini_jax.backbone.decoding import Adapters, Sampling
+from lamini_jax.backbone.frozen_model import FrozenModel
+from lamini_jax.data import batches
+from lamini_jax.runtime import processes
+
+
+class AdapterFn(NamedTuple):
+    """What is added to the backbone for each question: `build(select(prompt_BT, length_B))`.
+
+    A selection is a pytree of arrays with a leading axis B, so that one can be kept for many sequences.
+    """
+
+    select: Callable[[Any, Any], Any]
+    build: Callable[[Any], Adapters]
+
+    def __call__(self, prompt_BT, length_B) -> Adapters:
+        return self.build(self.select(prompt_BT, length_B))
+
+
+class Answer(NamedTuple):
+    """A text, the probability of its least likely token, and the experts that the question selected."""
+
+    text: str
+    probability: float
+    expert_ids: list[int]
+
+
+def same_for_all(**adapters: Any) -> AdapterFn:
+    """The same adapters (`prefix`, `suffix`) for every question."""
+    return AdapterFn(lambda prompt_BT, length_B: (), lambda selection: Adapters(**adapters))
+
+
+BARE = same_for_all()  # the backbone alone
+
+
+def ask(
+    model: FrozenModel,
+    adapter_fn: AdapterFn,
+    questions: Sequence[str],
+    max_new_tokens: int | None = None,
+    sampling: Sampling | None = None,
+) -> Iterator[tuple[int, Answer]]:
+    """Answers, each with its question's number, batch by batch.
+
+    They are cut off after `max_new_tokens`, or else at the end of the longest sequence.
+    """
+    max_new_tokens = max_new_tokens or model.max_seq_len
+    draws = itertools.count()
+    for bucket in batches.prompts(questions, model.tokenizer):
+        for index_B in batches.in_order(len(bucket.index_F), min(model.reading_batch, len(bucket.index_F))):
+            prompt_BT, length_B = bucket.tokens_FT[index_B], bucket.length_F[index_B]
+            adapters = adapter_fn(prompt_BT, length_B)
+            drawn = sampling and sampling._replace(key=jax.random.fold_in(sampling.key, next(draws)))
+            generated = decoding.generate(model, prompt_BT, length_B, max_new_tokens, adapters, drawn)
+            answer_BA, probability_B = jax.tree.map(np.asarray, generated)
+            expert_ids_B = _expert_ids(adapters, index_B.size)
+            for i in np.flatnonzero(index_B >= 0):
+                text = model.tokenizer.decode(answer_BA[i])
+                yield int(bucket.index_F[index_B[i]]), Answer(text, float(probability_B[i]), expert_ids_B[i])
+
+
+def stream(
+    model: FrozenModel, adapter_fn: AdapterFn, question: str, sampling: Sampling | None = None
+) -> Iterator[Answer]:
+    """The answer to one question as it grows, token by token."""
+    (bucket,) = batches.prompts([question], model.tokenizer)
+    adapters = adapter_fn(bucket.tokens_FT, bucket.length_F)
+    (expert_ids,) = _expert_ids(adapters, 1)
+    state = decoding.prefill(model, bucket.tokens_FT, bucket.length_F, model.max_seq_len, adapters, sampling)
+    for step in itertools.count(1):
+        state = decoding.decode(model, state, step, adapters, sampling)
+        text = model.tokenizer.decode(np.asarray(state.answer_BA)[0, : int(state.step)])
+        yield Answer(text, float(state.probability_B[0]), expert_ids)
+        if int(state.step) < step or step == state.answer_BA.shape[1]:
+            return
+
+
+def answers(
+    model: FrozenModel, adapter_fn: AdapterFn, questions: Sequence[str], max_new_tokens: int | None = None
+) -> list[str]:
+    """The answers of greedy decoding, as text. Shows its progress if it takes long."""
+    given = ask(model, adapter_fn, questions, max_new_tokens)
+    options = {"desc": "asking", "unit": "question", "delay": processes.LONG_SECONDS, "leave": False}
+    texts = dict(processes.progress_bar(given, total=len(questions), **options))
+    return [texts[number].text for number in range(len(questions))]
+
+
+def _expert_ids(adapters: Adapters, count: int) -> list[list[int]]:
+    if adapters.expert_ids_BK is None:
+        return [[] for _ in range(count)]
+    return np.asarray(adapters.expert_ids_BK).tolist()

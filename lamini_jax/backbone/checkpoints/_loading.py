@@ -1,0 +1,57 @@
+"""Parameters put together on the devices tensor by tensor, whatever the format they are read from."""
+
+import gc
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from lamini_jax.backbone import transformer
+from lamini_jax.config import BackboneConfig
+from lamini_jax.runtime import sharded_tables, sharding
+
+Index = tuple[slice, ...]
+ReadPart = Callable[[Index], np.ndarray]  # a part of one tensor
+# The name of a parameter ("q_proj/weight"), the number of its layer (None: it is in no layer) and its shape there.
+OpenTensor = Callable[[str, int | None, tuple[int, ...]], ReadPart]
+
+
+def split_shapes(decoder: transformer.Decoder) -> Any:
+    """The shapes of a backbone's parameters, split as `decoder` is."""
+    return jax.eval_shape(lambda: transformer.init(decoder, jax.random.key(0)))
+
+
+def whole_shapes(config: BackboneConfig) -> Any:
+    """The shapes of a backbone's parameters in one stack of layers."""
+    return jax.eval_shape(transformer.join_layers, split_shapes(transformer.Decoder(config, 1)))
+
+
+def load(config: BackboneConfig, shapes: Any, open_tensor: OpenTensor) -> transformer.Params:
+    """Parameters of these shapes, each part read where it is kept; the host never holds more than one tensor twice."""
+    axes_of, params = flatten_dict(transformer.axes(config, shapes)), {}
+    for path, leaf in flatten_dict(shapes).items():
+        axes = sharding.divisible_axes(axes_of[path], leaf.shape)
+        part, in_layers, name = "/".join(path).rpartition("layers/")
+        if not in_layers:
+            params[path] = _array(open_tensor(name, None, leaf.shape), leaf.shape, leaf.dtype, axes)
+            continue
+        first = config.num_layers - leaf.shape[0] if part == "suffix_" else 0
+        stack = sharding.zeros(leaf.shape, leaf.dtype, axes)
+        for row in range(leaf.shape[0]):
+            read = open_tensor(name, first + row, leaf.shape[1:])
+            layer = _array(lambda index, read=read: read(index[1:])[None], (1, *leaf.shape[1:]), leaf.dtype, axes)
+            # Waited for, or the host would read ahead and hold many tensors.
+            stack = jax.block_until_ready(sharded_tables.write_rows(stack, layer, np.int32(row), axes))
+            del layer
+            gc.collect(0)  # jax lets go of the host's memory behind an array when it is next called, or here
+        params[path] = stack
+    return unflatten_dict(params)
+
+
+def _array(read: ReadPart, shape: tuple[int, ...], dtype, axes: sharding.Names) -> jax.Array:
+    def part(index):
+        return np.asarray(read(index), dtype, order="C")
+
+    return jax.make_array_from_callback(shape, sharding.sharding_of(axes, shape), part)

@@ -1,0 +1,215 @@
+"""Text to token ids and back: bytes for the tiny backbone, the checkpoint's own tokenizer for others."""
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from lamini_jax.backbone import chat_template, json_file
+from lamini_jax.errors import UserError
+
+# Files of a checkpoint that belong to its tokenizer, by the beginnings of their names.
+_FILES = ("tokenizer", "chat_template", "generation_config", "special_tokens")
+
+
+class Tokenizer(Protocol):
+    """What the package asks of a tokenizer. It is hashable, as a static field of a pytree that passes through jit."""
+
+    vocab_size: int
+    pad_id: int
+    stop_ids: tuple[int, ...]  # what ends an answer; the first of them ends those that are trained
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a text, without any special token. Raises UserError if the text cannot be encoded."""
+
+    def decode(self, ids) -> str:
+        """The text of some ids up to the first stop token."""
+
+    def prompt(self, question: str) -> list[int]:
+        """What the model reads before it answers."""
+
+    def completion(self, answer: str) -> list[int]:
+        """What the model must then produce, the stop token included."""
+
+    def continuation(self, context: str, text: str) -> tuple[list[int], list[int]]:
+        """A plain text and what follows it, which is no answer to a question and has no stop token."""
+
+    def why_unsupported(self, text: str, exactly: bool) -> str | None:
+        """Why a question, or with `exactly` an answer, cannot be carried as it is written; None if it can."""
+
+    def save(self, directory: Path) -> None:
+        """Writes the files from which `load` and other libraries make this tokenizer."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ByteTokenizer:
+    """UTF-8 bytes are their own ids; special tokens are bytes that UTF-8 never has, so that no text can forge one."""
+
+    vocab_size = 256
+    pad_id, begin_id, answer_id, stop_id = 0xFC, 0xFD, 0xFE, 0xFF
+    stop_ids = (stop_id,)
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a text. Raises UserError if it cannot be written in UTF-8 (lone surrogates)."""
+        try:
+            return list(text.encode("utf-8"))
+        except UnicodeEncodeError as error:
+            raise UserError(f"{text!r}: is not valid UTF-8 text") from error
+
+    def decode(self, ids) -> str:
+        """The text of some ids up to the first stop token; bytes that are no UTF-8 become U+FFFD."""
+        return bytes(np.asarray(_before_stop(ids, self.stop_ids), np.uint8)).decode("utf-8", errors="replace")
+
+    def prompt(self, question: str) -> list[int]:
+        """The question between the begin token and the answer token."""
+        return [self.begin_id, *self.encode(question), self.answer_id]
+
+    def completion(self, answer: str) -> list[int]:
+        """The answer and the stop token."""
+        return [*self.encode(answer), self.stop_id]
+
+    def continuation(self, context: str, text: str) -> tuple[list[int], list[int]]:
+        """A plain text, the begin token in front, and what follows it."""
+        return [self.begin_id, *self.encode(context)], self.encode(text)
+
+    def why_unsupported(self, text: str, exactly: bool) -> str | None:
+        """None: bytes carry every text."""
+        return None
+
+    def save(self, directory: Path) -> None:
+        """Writes it as a byte-level tokenizer with a chat template, for other libraries to read."""
+        from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
+        names = {
+            "pad_token": "<|pad|>",
+            "bos_token": "<|begin|>",
+            "answer_token": "<|answer|>",
+            "eos_token": "<|stop|>",
+        }
+        # Byte-level tokenizers write a byte that is no visible Latin-1 character as one from beyond them, in order.
+        visible = [byte for byte in range(256) if chr(byte).isprintable() and byte not in (0x20, 0xA0, 0xAD)]
+        hidden = [byte for byte in range(256) if byte not in visible]
+        letters = {byte: chr(byte) for byte in visible} | {byte: chr(256 + i) for i, byte in enumerate(hidden)}
+        vocabulary = {letters[byte]: byte for byte in range(self.pad_id)}
+        tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        tokenizer.decoder = decoders.ByteLevel()
+        tokenizer.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in names.values()])
+        tokenizer.save(str(directory / "tokenizer.json"))
+        template = "{{ '<|begin|>' }}{{ messages[-1]['content'] }}{{ '<|answer|>' }}"
+        settings = {"tokenizer_class": "PreTrainedTokenizerFast", "chat_template": template, **names}
+        (directory / "tokenizer_config.json").write_text(json.dumps(settings, indent=1) + "\n")
+        generation = {"eos_token_id": self.stop_id, "pad_token_id": self.pad_id}
+        (directory / "generation_config.json").write_text(json.dumps(generation) + "\n")
+
+
+class CheckpointTokenizer:
+    """The tokenizer.json of a checkpoint, with its chat template: the question is the user's turn.
+
+    A checkpoint without a chat template, which has not learned to chat, reads the question and a line feed.
+    """
+
+    def __init__(self, directory: Path):
+        self._directory = directory
+        self._tokenizer = _load_tokenizer(directory / "tokenizer.json")
+        self._settings = json_file.read(directory / "tokenizer_config.json")
+        self._render = chat_template.load(directory, self._settings)
+        self._specials = [t.content for t in self._tokenizer.get_added_tokens_decoder().values() if t.special]
+        self.vocab_size = 1 + max(self._tokenizer.get_vocab().values())
+        self.stop_ids = self._find_stops(directory)
+        pad = self._special("pad_token")
+        self.pad_id = self.stop_ids[0] if pad is None else pad
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a text, without any special token."""
+        return self._tokenizer.encode(text, add_special_tokens=False).ids
+
+    def decode(self, ids) -> str:
+        """The text of some ids up to the first stop token."""
+        return self._tokenizer.decode(_before_stop(ids, self.stop_ids), skip_special_tokens=True)
+
+    def prompt(self, question: str) -> list[int]:
+        """The question as the chat template has it, and the beginning of the assistant's turn."""
+        if self._render is None:
+            return self._tokenizer.encode(question + "\n").ids
+        return self.encode(self._render([{"role": "user", "content": question}]))
+
+    def completion(self, answer: str) -> list[int]:
+        """The answer and the token that ends a turn."""
+        return [*self.encode(answer), self.stop_ids[0]]
+
+    def continuation(self, context: str, text: str) -> tuple[list[int], list[int]]:
+        """A plain text and what follows it; blanks between them belong to the latter, as in words that were learned."""
+        kept = len(context.rstrip())
+        ids = self._tokenizer.encode(context[:kept]).ids
+        return ids, self._tokenizer.encode(context + text).ids[len(ids) :]
+
+    def why_unsupported(self, text: str, exactly: bool) -> str | None:
+        """What of the text is a special token, or, with `exactly`, comes back as another text; None if nothing is."""
+        for special in self._specials:
+            if special in text:
+                return f"holds {special}, which the tokenizer reads as a special token"
+        if exactly and (decoded := self.decode(self.encode(text))) != text:
+            return f"comes back from the tokenizer as {decoded!r}"
+        return None
+
+    def save(self, directory: Path) -> None:
+        """Copies the files that it was read from."""
+        for path in self._directory.iterdir():
+            if path.name.startswith(_FILES):
+                shutil.copy(path, directory)
+
+    def _special(self, name: str) -> int | None:
+        """The id of a special token that tokenizer_config.json names."""
+        value = self._settings.get(name)
+        token = value.get("content") if isinstance(value, dict) else value
+        return None if token is None else self._tokenizer.token_to_id(token)
+
+    def _find_stops(self, directory: Path) -> tuple[int, ...]:
+        """The token that ends a turn, then all others at which generation stops."""
+        stops = [self._special("eos_token")]
+        for name in ("generation_config.json", "config.json"):
+            path = directory / name
+            ids = json_file.read(path).get("eos_token_id") if path.exists() else None
+            stops += ids if isinstance(ids, list) else [ids]
+        stop_ids = tuple(dict.fromkeys(stop for stop in stops if stop is not None))
+        if not stop_ids:
+            raise UserError(f"{directory / 'tokenizer_config.json'}: names no eos_token to end an answer with")
+        return stop_ids
+
+
+def load(directory: Path, vocab_size: int) -> CheckpointTokenizer:
+    """The tokenizer of a checkpoint. Raises UserError if it is missing, damaged or larger than the vocabulary."""
+    tokenizer = CheckpointTokenizer(directory)
+    if tokenizer.vocab_size > vocab_size:
+        raise UserError(
+            f"{directory / 'tokenizer.json'}: has the token id {tokenizer.vocab_size - 1}, "
+            f"and the backbone's vocabulary is {vocab_size} tokens"
+        )
+    return tokenizer
+
+
+def _before_stop(ids, stop_ids: tuple[int, ...]) -> list[int]:
+    ids = np.asarray(ids)
+    stops = np.flatnonzero(np.isin(ids, stop_ids))
+    return ids[: stops[0] if stops.size else ids.size].tolist()
+
+
+def _load_tokenizer(path: Path):
+    try:
+        from tokenizers import Tokenizer
+    except ImportError:
+        raise UserError(f"{path}: needs the tokenizers library; pip install -e .[hf]") from None
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; a checkpoint needs the fast tokenizer that this file holds")
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises nothing more special
+        raise UserError(f"{path}: is no tokenizer ({error})") from None
+    # What some were trained with and saved with; questions are neither cut off nor filled up.
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer

@@ -1,0 +1,338 @@
+"""The frozen language model: a Llama-family decoder, split in two where the memory begins.
+
+The **prefix** reads a question without any memory; the **suffix** (the last M layers) may carry an adapter. Parameters
+are plain pytrees, applied by Flax Linen; the layers of each part are scanned, so that 32 layers compile like one.
+
+Letters: B sequences, T tokens, P positions of a cache, D width, H heads, G key-value heads, W head width, V vocabulary,
+I and O the input and output width of a linear layer, K the rank of an adapter.
+"""
+
+import functools
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lamini_jax.config import BackboneConfig
+from lamini_jax.runtime import sharding
+
+Params = Any
+Cache = Any  # {"keys_LBPGW", "values_LBPGW"} of one part
+
+
+class LowRank(NamedTuple):
+    """A low-rank term beside a linear layer: W x + up^T (down x). One for the batch (KI, KO) or one each (BKI, BKO)."""
+
+    down: jax.Array
+    up: jax.Array
+
+
+Adapter = dict[str, LowRank]  # by the name of the linear layer, every leaf with a leading axis over the part's layers
+
+
+class LinearLayer(NamedTuple):
+    """A linear layer of a block: the half it is in, as checkpoints name it, and the mesh's names for its axes."""
+
+    half: str
+    input_axis: str | None  # None: the width of the residual stream
+    output_axis: str | None
+
+
+# Every linear layer of a block; each of them may carry an adapter.
+LINEAR_LAYERS = {
+    "q_proj": LinearLayer("self_attn", None, "heads"),
+    "k_proj": LinearLayer("self_attn", None, "kv_heads"),
+    "v_proj": LinearLayer("self_attn", None, "kv_heads"),
+    "o_proj": LinearLayer("self_attn", "heads", None),
+    "gate_proj": LinearLayer("mlp", None, "mlp"),
+    "up_proj": LinearLayer("mlp", None, "mlp"),
+    "down_proj": LinearLayer("mlp", "mlp", None),
+}
+
+
+def linear_shapes(config: BackboneConfig) -> dict[str, tuple[int, int]]:
+    """Input and output width of every linear layer of a block."""
+    c = config
+    heads, kv_heads = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
+    widths = {None: c.embed_dim, "heads": heads, "kv_heads": kv_heads, "mlp": c.mlp_dim}
+    return {name: (widths[layer.input_axis], widths[layer.output_axis]) for name, layer in LINEAR_LAYERS.items()}
+
+
+class Linear(nn.Module):
+    """A weight matrix, perhaps with a bias: operands in `dtype`, sums in float32."""
+
+    shape: tuple[int, int]
+    dtype: str
+    use_bias: bool = False
+
+    @nn.compact
+    def __call__(self, x_BTI):
+        start = nn.initializers.variance_scaling(1.0, "fan_in", "normal")
+        weight_IO = self.param("weight", start, self.shape, self.dtype)
+        y_BTO = project(x_BTI, weight_IO, self.dtype)
+        if self.use_bias:
+            y_BTO = y_BTO + self.param("bias", nn.initializers.zeros, self.shape[1:])[None, None]
+        return y_BTO
+
+
+def contract(equation: str, x, y, dtype: str):
+    """An einsum in `dtype` with float32 sums; float32 is never rounded to less (GPUs and TPUs would)."""
+    precision = jax.lax.Precision.HIGHEST if dtype == "float32" else None
+    return jnp.einsum(
+        equation, x.astype(dtype), y.astype(dtype), precision=precision, preferred_element_type=jnp.float32
+    )
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def project(x_BTI, weight_IO, dtype: str):
+    """A linear layer. Its weight's gradient is summed sequence by sequence.
+
+    Left to itself, XLA's CPU backend transposes the whole batch inside a fused loop: a third of a training step.
+    """
+    return contract("BTI,IO->BTO", x_BTI, weight_IO, dtype)
+
+
+def _project_forward(x_BTI, weight_IO, dtype):
+    return project(x_BTI, weight_IO, dtype), (x_BTI, weight_IO)
+
+
+def _project_backward(dtype, saved, gradient_BTO):
+    x_BTI, weight_IO = saved
+    weight_BIO = contract("BTI,BTO->BIO", x_BTI, gradient_BTO, dtype)
+    return contract("BTO,IO->BTI", gradient_BTO, weight_IO, dtype), weight_BIO.sum(axis=0)
+
+
+project.defvjp(_project_forward, _project_backward)
+
+
+def low_rank(x_BTI, adapter: LowRank, dtype: str):
+    """What an adapter adds to a linear layer of input x_BTI."""
+    if adapter.down.ndim == 2:
+        return project(project(x_BTI, adapter.down.T, dtype), adapter.up, dtype)
+    hidden_BTK = contract("BTI,BKI->BTK", x_BTI, adapter.down, dtype)
+    return contract("BTK,BKO->BTO", hidden_BTK, adapter.up, dtype)
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square normalization with a learned scale, in float32, of the last axis."""
+
+    eps: float
+
+    @nn.compact
+    def __call__(self, x_BTD):
+        scale_D = self.param("scale", nn.initializers.ones, x_BTD.shape[-1:])
+        mean_square = jnp.mean(jnp.square(x_BTD), axis=-1, keepdims=True)
+        return x_BTD * jax.lax.rsqrt(mean_square + self.eps) * jnp.expand_dims(scale_D, range(x_BTD.ndim - 1))
+
+
+def rotation_scale(config: BackboneConfig) -> np.ndarray:
+    """What each of the W/2 rotary frequencies is multiplied with, for a context longer than the original one.
+
+    `linear` divides all of them by the factor. `llama3` divides those that turn fewer than `rope_low_freq_factor` times
+    within the original context, keeps those that turn more than `rope_high_freq_factor` times, and interpolates
+    linearly in the number of turns between (Llama 3.1, arXiv 2407.21783).
+    """
+    c, half = config, config.head_dim // 2
+    if c.rope_scaling == "none":
+        return np.ones(half, np.float32)
+    if c.rope_scaling == "linear":
+        return np.full(half, 1 / c.rope_factor, np.float32)
+    turns_F = c.rope_original_max_seq_len * c.rope_theta ** (-np.arange(half) / half) / (2 * np.pi)
+    kept_F = np.clip((turns_F - c.rope_low_freq_factor) / (c.rope_high_freq_factor - c.rope_low_freq_factor), 0, 1)
+    return (kept_F + (1 - kept_F) / c.rope_factor).astype(np.float32)
+
+
+def rotate(x_BTHW, positions_BT, config: BackboneConfig):
+    """Rotary positions: each pair (i, i + W/2) turns by position * theta^(-2i/W) (arXiv 2104.09864), if not scaled."""
+    half = x_BTHW.shape[-1] // 2
+    frequencies_F = config.rope_theta ** (-jnp.arange(half, dtype=jnp.float32) / half) * rotation_scale(config)
+    angles_BT1F = positions_BT[:, :, None, None].astype(jnp.float32) * frequencies_F[None, None, None]
+    cos, sin = jnp.cos(angles_BT1F), jnp.sin(angles_BT1F)
+    first, second = x_BTHW[..., :half], x_BTHW[..., half:]
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+
+
+def attend(q_BTHW, k_BPGW, v_BPGW, mask_BTP, dtype: str):
+    """Masked softmax attention, heads side by side in the result: (B, T, H * W)."""
+    B, T, H, W = q_BTHW.shape
+    G, P = k_BPGW.shape[2], k_BPGW.shape[1]
+    # X is the query heads of one key-value head, times T. With batch axes first and two axes in each product, every
+    # compiler makes one batched matrix product of it; XLA's CPU backend is five times slower at the five-axis einsum.
+    q_BGXW = q_BTHW.transpose(0, 2, 1, 3).reshape(B, G, -1, W)
+    scores_BGXP = contract("BGXW,BGPW->BGXP", q_BGXW, k_BPGW.transpose(0, 2, 1, 3), dtype)
+    scores_BHTP = jnp.where(mask_BTP[:, None], scores_BGXP.reshape(B, H, T, P), jnp.finfo(jnp.float32).min)
+    weights_BGXP = jax.nn.softmax(scores_BHTP).reshape(B, G, -1, P)
+    mixed_BGXW = contract("BGXP,BGPW->BGXW", weights_BGXP, v_BPGW.transpose(0, 2, 1, 3), dtype)
+    return mixed_BGXW.reshape(B, H, T, W).transpose(0, 2, 1, 3).reshape(B, T, -1)
+
+
+class Block(nn.Module):
+    """Attention and MLP, each after a norm and around a residual. `adapter` may add to any of the linear layers."""
+
+    config: BackboneConfig
+
+    @nn.compact
+    def __call__(self, x_BTD, positions_BT, mask_BTP, cache, adapter):
+        c = self.config
+        shapes = linear_shapes(c)
+
+        def linear(name, x_BTI):
+            use_bias = c.qkv_bias and name in ("q_proj", "k_proj", "v_proj")
+            y_BTO = Linear(shapes[name], c.dtype, use_bias, name=name)(x_BTI)
+            if adapter and name in adapter:
+                y_BTO = y_BTO + low_rank(x_BTI, adapter[name], c.dtype)
+            return y_BTO
+
+        def heads(x_BTO, axis="kv_heads"):
+            return sharding.constrain(x_BTO.reshape(*x_BTO.shape[:2], -1, c.head_dim), "batch", None, axis, None)
+
+        def rotated(x_BTHW, name):
+            if c.qk_norm:
+                x_BTHW = RMSNorm(c.norm_eps, name=name)(x_BTHW)
+            return rotate(x_BTHW, positions_BT, c)
+
+        with jax.named_scope("attention"):
+            h_BTD = RMSNorm(c.norm_eps, name="attention_norm")(x_BTD)
+            q_BTHW = rotated(heads(linear("q_proj", h_BTD), "heads"), "q_norm")
+            k_BPGW = rotated(heads(linear("k_proj", h_BTD)), "k_norm")
+            v_BPGW = heads(linear("v_proj", h_BTD))
+            if cache is not None:
+                rows_B1 = jnp.arange(x_BTD.shape[0])[:, None]
+                k_BPGW = cache["keys"].at[rows_B1, positions_BT].set(k_BPGW.astype(cache["keys"].dtype))
+                v_BPGW = cache["values"].at[rows_B1, positions_BT].set(v_BPGW.astype(cache["values"].dtype))
+                cache = {"keys": k_BPGW, "values": v_BPGW}
+            mixed_BTO = attend(q_BTHW * c.head_dim**-0.5, k_BPGW, v_BPGW, mask_BTP, c.dtype)
+            x_BTD = x_BTD + linear("o_proj", mixed_BTO)
+        with jax.named_scope("mlp"):
+            h_BTD = RMSNorm(c.norm_eps, name="mlp_norm")(x_BTD)
+            h_BTF = jax.nn.silu(linear("gate_proj", h_BTD)) * linear("up_proj", h_BTD)
+            x_BTD = x_BTD + linear("down_proj", h_BTF)
+        return x_BTD, cache
+
+
+class Decoder(nn.Module):
+    """The whole model; `prefix` and `suffix` are its two parts, `logits` its end."""
+
+    config: BackboneConfig
+    memory_layers: int
+    remat: bool = False  # the suffix's activations, where a gradient asks for them
+
+    def setup(self):
+        c = self.config
+        suffix_block = nn.remat(Block, prevent_cse=False) if self.remat else Block
+        start = nn.initializers.normal(c.embed_dim**-0.5)
+        self.embedding = self.param("embedding", start, (c.vocab_size, c.embed_dim), c.dtype)
+        layers = {"variable_axes": {"params": 0}, "split_rngs": {"params": True}}
+        layers["in_axes"] = (nn.broadcast, nn.broadcast, 0, 0)
+        self.prefix_layers = nn.scan(Block, **layers, length=c.num_layers - self.memory_layers)(c)
+        self.suffix_layers = nn.scan(suffix_block, **layers, length=self.memory_layers)(c)
+        self.final_norm = RMSNorm(c.norm_eps)
+        if not c.tied_embeddings:
+            self.unembedding = Linear((c.embed_dim, c.vocab_size), c.dtype)
+
+    def prefix(self, tokens_BT, positions_BT, mask_BTP, cache=None, adapter=None):
+        hidden_BTD = sharding.constrain(self.embedding[tokens_BT].astype(jnp.float32), "batch", None, None)
+        return self.prefix_layers(hidden_BTD, positions_BT, mask_BTP, cache, adapter)
+
+    def suffix(self, hidden_BTD, positions_BT, mask_BTP, cache=None, adapter=None):
+        hidden_BTD = sharding.constrain(hidden_BTD, "batch", None, None)
+        hidden_BTD, cache = self.suffix_layers(hidden_BTD, positions_BT, mask_BTP, cache, adapter)
+        return self.final_norm(hidden_BTD), cache
+
+    def unembed(self, hidden_BTD):
+        if self.config.tied_embeddings:
+            return contract("BTD,VD->BTV", hidden_BTD, self.embedding, self.config.dtype)
+        return self.unembedding(hidden_BTD)
+
+    def __call__(self, tokens_BT):
+        positions_BT, mask_BTP = _positions(self.config, tokens_BT, None, None)
+        hidden_BTD, _ = self.prefix(tokens_BT, positions_BT, mask_BTP)
+        hidden_BTD, _ = self.suffix(hidden_BTD, positions_BT, mask_BTP)
+        return self.unembed(hidden_BTD)
+
+
+def _positions(config: BackboneConfig, x_BT, positions_BT, cache):
+    """Positions (0, 1, ... unless given) and mask_BTP: a token sees the slots up to its own, in its window."""
+    if positions_BT is None:
+        positions_BT = jnp.broadcast_to(jnp.arange(x_BT.shape[1]), x_BT.shape[:2])
+    slots_11P = jnp.arange(x_BT.shape[1] if cache is None else cache["keys"].shape[2])[None, None, :]
+    mask_BTP = slots_11P <= positions_BT[:, :, None]
+    if config.sliding_window:
+        mask_BTP &= slots_11P > positions_BT[:, :, None] - config.sliding_window
+    return positions_BT, mask_BTP
+
+
+def init(decoder: Decoder, key: jax.Array) -> Params:
+    """Random parameters, split as `decoder` is."""
+    return decoder.init(key, jnp.zeros((1, 1), jnp.int32))["params"]
+
+
+def axes(config: BackboneConfig, params: Params) -> Any:
+    """The names of the axes of every parameter; heads that the mesh cannot divide stay whole."""
+    divided = {name: (layer.input_axis, layer.output_axis) for name, layer in LINEAR_LAYERS.items()}
+    divided |= {"embedding": ("vocab", None), "unembedding": (None, "vocab")}
+
+    def of(path, leaf):
+        names = [key.key for key in path if not key.key.endswith("_layers")]
+        last = divided.get(names[-2] if names[-1] == "weight" else names[-1], (None,))
+        last = tuple(
+            None if getattr(config, f"num_{name}", 0) % sharding.num_shards(name or "mlp") else name for name in last
+        )
+        return (None,) * (leaf.ndim - len(last)) + last
+
+    return jax.tree_util.tree_map_with_path(of, params)
+
+
+def put(decoder: Decoder, params: Params) -> Params:
+    """Parameters, whole or split, on the devices, each part where it is used."""
+    return jax.tree.map(lambda x, names: sharding.put(x, *names), params, axes(decoder.config, params))
+
+
+def prefix(decoder: Decoder, params: Params, tokens_BT, positions_BT=None, cache: Cache = None, adapter=None):
+    """The frozen reading: hidden_BTD at the input of the first memory layer, and the cache with these tokens in it."""
+    positions_BT, mask_BTP = _positions(decoder.config, tokens_BT, positions_BT, cache)
+    return decoder.apply({"params": params}, tokens_BT, positions_BT, mask_BTP, cache, adapter, method="prefix")
+
+
+def suffix(decoder: Decoder, params: Params, hidden_BTD, positions_BT=None, cache: Cache = None, adapter=None):
+    """The memory layers: the normed hidden_BTD that `unembed` takes, and the cache with these tokens written."""
+    positions_BT, mask_BTP = _positions(decoder.config, hidden_BTD, positions_BT, cache)
+    return decoder.apply({"params": params}, hidden_BTD, positions_BT, mask_BTP, cache, adapter, method="suffix")
+
+
+def unembed(decoder: Decoder, params: Params, hidden_BTD):
+    """logits_BTV in float32."""
+    return decoder.apply({"params": params}, hidden_BTD, method="unembed")
+
+
+def empty_cache(config: BackboneConfig, num_layers: int, batch: int, length: int) -> Cache:
+    """Room for `length` tokens of `batch` sequences in `num_layers` layers."""
+    shape = (num_layers, batch, length, config.num_kv_heads, config.head_dim)
+
+    def room():
+        return sharding.constrain(jnp.zeros(shape, config.dtype), None, "batch", None, "kv_heads", None)
+
+    return {"keys": room(), "values": room()}
+
+
+def split_layers(params: Params, memory_layers: int) -> Params:
+    """Whole parameters (one stack of `layers`) split into prefix and suffix."""
+    params = dict(params)
+    layers = params.pop("layers")
+    params["prefix_layers"] = jax.tree.map(lambda x: x[: x.shape[0] - memory_layers], layers)
+    params["suffix_layers"] = jax.tree.map(lambda x: x[x.shape[0] - memory_layers :], layers)
+    return params
+
+
+def join_layers(params: Params) -> Params:
+    """The inverse of `split_layers`."""
+    params = dict(params)
+    parts = params.pop("prefix_layers"), params.pop("suffix_layers")
+    return {**params, "layers": jax.tree.map(lambda a, b: jnp.concatenate([a, b]), *parts)}
+
+
+def logits(config: BackboneConfig, params: Params, tokens_BT) -> jax.Array:
+    """logits_BTV (float32) of the plain model; `params` whole, tokens right-padded."""
+    return Decoder(config, 1).apply({"params": split_layers(params, 1)}, jnp.asarray(tokens_BT))

@@ -1,0 +1,26 @@
+"""What a model really answers, right or wrong to the character: free-running greedy decoding of prompts alone."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from lamini_jax.backbone import answering
+from lamini_jax.backbone.answering import AdapterFn
+from lamini_jax.backbone.frozen_model import FrozenModel
+from lamini_jax.data.facts import Fact
+
+
+def recalled(model: FrozenModel, adapter_fn: AdapterFn, facts: Sequence[Fact]) -> tuple[np.ndarray, list[str]]:
+    """Which facts greedy decoding returns exactly, and what it returns."""
+    generated = answering.answers(model, adapter_fn, [fact.question for fact in facts])
+    return np.array([text == fact.answer for text, fact in zip(generated, facts, strict=True)]), generated
+
+
+def accuracy(model: FrozenModel, adapter_fn: AdapterFn, qas: Sequence) -> list[bool]:
+    """Which questions are answered exactly, of anything that has a `question` and an `answer`.
+
+    Decoding stops one token after the longest right answer.
+    """
+    max_new_tokens = max(len(model.tokenizer.completion(qa.answer)) for qa in qas) + 1
+    generated = answering.answers(model, adapter_fn, [qa.question for qa in qas], max_new_tokens)
+    return [text == qa.answer for text, qa in zip(generated, qas, strict=True)]

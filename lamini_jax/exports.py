@@ -1,0 +1,98 @@
+"""What `export` writes: a memory, one question's experts as an ordinary LoRA adapter, or a backbone."""
+
+import contextlib
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+from safetensors.numpy import save_file
+
+from lamini_jax.api import Source
+from lamini_jax.backbone import checkpoints, frozen_model, transformer
+from lamini_jax.backbone.checkpoints import huggingface
+from lamini_jax.backbone.decoding import Adapters
+from lamini_jax.config import Config
+from lamini_jax.data import batches, facts
+from lamini_jax.errors import UserError
+from lamini_jax.memory import routers, storage
+
+
+def memory(source: Source, questions: str | None, output: str) -> str:
+    """Writes the memory, or of its experts those of the questions in a file; says what it wrote."""
+    config = source.config
+    tokenizer, max_seq_len = checkpoints.load_tokenizer(config.backbone), config.backbone.max_seq_len
+    asked = questions and [record["question"] for record in facts.read_questions(questions, tokenizer, max_seq_len)]
+    with _new_directory(output) as directory:
+        loaded = source.load()
+        ids = None
+        if asked:
+            ids = routers.select_facts(loaded.model, loaded.stored.router, asked, config.memory.top_k).expert_ids_FK
+        return f"{storage.save_export(directory, config, loaded.stored, ids):,} experts"
+
+
+def peft(source: Source, question: str, output: str) -> str:
+    """Writes the experts of a question in the format of the peft library; says what it wrote."""
+    config = source.config
+    tokenizer = checkpoints.load_tokenizer(config.backbone)
+    facts.check_question(question, tokenizer, config.backbone.max_seq_len, "--question")
+    with _new_directory(output) as directory:
+        (bucket,) = batches.prompts([question], tokenizer)
+        save_peft(directory, config, source.load().adapter_fn(bucket.tokens_FT, bucket.length_F))
+        return f"{config.memory.top_k} experts as a LoRA adapter"
+
+
+def backbone(config: Config, output: str) -> str:
+    """Writes a backbone in Hugging Face format with its tokenizer; says what it wrote."""
+    with _new_directory(output) as directory:
+        model = frozen_model.load(config)
+        huggingface.save_backbone(directory, config.backbone, transformer.join_layers(model.params))
+        model.tokenizer.save(directory)
+        return "the backbone"
+
+
+def save_peft(directory: Path, config: Config, adapters: Adapters) -> None:
+    """Writes the adapters of one question; the gates are in its B matrices."""
+    c, target = config, config.memory.target
+    half, first = transformer.LINEAR_LAYERS[target].half, c.backbone.num_layers - c.memory.num_layers
+    down_MBKI, up_MBKO = (np.asarray(part) for part in adapters.suffix[target])
+    tensors = {}
+    for layer in range(c.memory.num_layers):
+        name = f"base_model.model.model.layers.{first + layer}.{half}.{target}"
+        tensors[f"{name}.lora_A.weight"] = down_MBKI[layer, 0]
+        tensors[f"{name}.lora_B.weight"] = np.ascontiguousarray(up_MBKO[layer, 0].T)
+    description = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": c.backbone.path,
+        "r": c.memory.top_k,
+        "lora_alpha": c.memory.top_k,  # a scale of 1
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        "target_modules": [target],
+        "layers_to_transform": list(range(first, c.backbone.num_layers)),
+        "layers_pattern": "layers",
+    }
+    save_file(tensors, directory / "adapter_model.safetensors", metadata={"format": "pt"})
+    (directory / "adapter_config.json").write_text(json.dumps(description, indent=1) + "\n")
+
+
+@contextlib.contextmanager
+def _new_directory(output: str) -> Iterator[Path]:
+    """A directory to fill, which has its name when it is whole and not before."""
+    path = Path(output)
+    if path.exists():
+        raise UserError(f"--output={path}: exists already; name another directory")
+    unfinished = path.with_name(f".{path.name}.unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    try:
+        unfinished.mkdir(parents=True)
+        yield unfinished
+        unfinished.rename(path)
+    except OSError as error:
+        raise UserError(f"--output={path}: cannot be written ({error.strerror})") from None
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)

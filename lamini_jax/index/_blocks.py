@@ -1,0 +1,64 @@
+"""The best score of every block of keys, without ever writing scores of size B x N.
+
+Letters: L blocks of J keys each, C width of a key, B queries, G of them at a time.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from lamini_jax.index import _kernel, _scores
+
+# Keys that share one maximum. More of them are fewer maxima to choose from, and more keys to score again.
+SIZE = 32
+
+
+def maxima(keys_NC, query_BC):
+    """maxima_BL, the best score of every SIZE keys (the last may be fewer).
+
+    Three ways to the same numbers, each the fastest that was found for its kind of device.
+    """
+    unit, ways = SIZE, {"cpu": _maxima_on_cpu, "default": _maxima_by_matmul}
+    if keys_NC.dtype == jnp.bfloat16:  # full float32 is bound by its products, not by what it writes
+        unit = _kernel.TILE_N
+        ways |= {"tpu": _kernel.block_maxima, "cuda": functools.partial(_kernel.block_maxima, gpu=True)}
+    whole = keys_NC.shape[0] // unit * unit
+    parts = []
+    if whole:
+        keys_LJC = keys_NC[:whole].reshape(-1, SIZE, keys_NC.shape[1])
+        parts.append(jax.lax.platform_dependent(keys_LJC, query_BC.astype(keys_NC.dtype), **ways))
+    for first in range(whole, keys_NC.shape[0], SIZE):
+        parts.append(_scores.scores(keys_NC[first : first + SIZE], query_BC).max(axis=1, keepdims=True))
+    return jnp.concatenate(parts, axis=1)
+
+
+def _maxima_on_cpu(keys_LJC, query_BC):
+    """As a batch of small products: XLA's CPU backend fuses their maxima with them, which is twice as fast."""
+    if query_BC.shape[0] == 1:  # bound by reading the keys, once
+        return jnp.einsum("LJC,BC->LJB", keys_LJC, query_BC, **_scores.FULL).max(axis=1).T
+
+    def maxima_of(query_GC):
+        # Transposed first: of the product "LJC,LGC->LJG" jax 0.10.2 computes wrong maxima, of this one right ones.
+        query_LCG = jnp.broadcast_to(query_GC.T[None], (keys_LJC.shape[0], *query_GC.T.shape))
+        return jnp.einsum("LJC,LCG->LJG", keys_LJC, query_LCG, **_scores.FULL).max(axis=1).T
+
+    return in_groups(maxima_of, 256, query_BC)
+
+
+def _maxima_by_matmul(keys_LJC, query_BC):
+    """Writes the scores of some queries at a time, 1 GB of them."""
+
+    def maxima_of(query_GC):
+        return jnp.einsum("LJC,GC->GLJ", keys_LJC, query_GC, **_scores.FULL).max(axis=2)
+
+    return in_groups(maxima_of, max(2**28 // (keys_LJC.shape[0] * SIZE), 1), query_BC)
+
+
+def in_groups(function, largest: int, *arrays):
+    """`function` of at most so many queries at a time; the first axis of all arrays is the batch."""
+    batch = arrays[0].shape[0]
+    groups = -(-batch // largest)
+    padded = [jnp.pad(x, ((0, -batch % groups), (0, 0))).reshape(groups, -1, x.shape[1]) for x in arrays]
+    results = jax.lax.map(lambda group: function(*group), tuple(padded))
+    return results.reshape(-1, results.shape[-1])[:batch]

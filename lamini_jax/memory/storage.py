@@ -1,0 +1,180 @@
+"""Tuned memory to answer with: read from a run's directory, or from a directory that `lamini_jax.export` wrote.
+
+It holds the experts that facts have trained and no others: all others add nothing. A memory belongs to the weights that
+it was tuned beside, which their fingerprint shows.
+"""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
+
+from lamini_jax.backbone.answering import AdapterFn
+from lamini_jax.backbone.decoding import Adapters
+from lamini_jax.backbone.frozen_model import FrozenModel
+from lamini_jax.config import Config, from_config_dict
+from lamini_jax.errors import UserError
+from lamini_jax.memory import experts, routers, slots
+from lamini_jax.memory.slots import EMPTY_SLOT
+from lamini_jax.runtime import checkpointing, sharding
+
+_DESCRIPTION, _TENSORS = "memory.json", "memory.safetensors"
+
+
+@dataclasses.dataclass(frozen=True)
+class StoredMemory:
+    """What a question needs beside the backbone."""
+
+    router: routers.Router
+    expert_ids_S: jax.Array  # ascending
+    experts_SR: dict[str, jax.Array]
+    fingerprint: str  # of the backbone
+
+
+def is_export(directory: Path) -> bool:
+    """Whether a directory holds an exported memory, and not a run."""
+    return (directory / _DESCRIPTION).is_file()
+
+
+def run_config(directory: Path) -> Config:
+    """The config of a run that has finished. Raises UserError if none has."""
+    path = directory / "config.json"
+    if not (directory / "results.json").is_file() or not path.is_file():
+        message = "has no finished checkpoint; finish python -m lamini_jax.tune in it first"
+        raise UserError(f"--workdir={directory}: {message}")
+    return _config(path, json.loads(path.read_text()))
+
+
+def load_run(config: Config, directory: Path) -> StoredMemory:
+    """The memory in the checkpoints of a finished run."""
+    saved = checkpointing.Checkpoints(directory).latest() if directory.is_dir() else None
+    if saved is None:
+        raise UserError(f"{directory}: has no finished checkpoint; finish python -m lamini_jax.tune first")
+    saved_ids_S = saved.arrays["expert_ids_S"]
+    ids_S = _padded(np.sort(saved_ids_S[saved_ids_S != EMPTY_SLOT]))
+    shape = experts.expert_shape(config.backbone, config.memory)
+    tables = slots.permute_slots(saved.tables["experts"], saved_ids_S, ids_S, shape)
+    router = routers.restore(config, saved.arrays, saved.record["router"])
+    experts_SR = dict(zip(experts.PARTS, tables, strict=True))
+    return StoredMemory(router, sharding.put(ids_S), experts_SR, saved.record["backbone"])
+
+
+def export_config(directory: Path) -> Config:
+    """The config of an exported memory. Raises UserError if there is none."""
+    return _config(directory / _DESCRIPTION, _description(directory))
+
+
+def load_export(config: Config, directory: Path) -> StoredMemory:
+    """An exported memory. Raises UserError if it is damaged."""
+    path, description = directory / _TENSORS, _description(directory)
+    count = description["experts"]
+    shape = experts.expert_shape(config.backbone, config.memory)
+    expected = {"expert_ids_S": (count,)} | {f"{name}_SR": part for name, part in shape.parts(count).items()}
+    try:
+        tensors = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path}: cannot be read ({error}); export it again") from None
+    for name, part in expected.items():
+        if name not in tensors:
+            raise UserError(f"{path}: has no tensor {name}; export it again")
+        if tensors[name].shape != part:
+            raise UserError(f"{path}: {name} has shape {tensors[name].shape}; expected {part}; export it again")
+    try:
+        router = routers.restore(config, tensors, description["router"])
+    except KeyError as error:
+        raise UserError(f"{directory / _DESCRIPTION}: has no {error} of the router; export it again") from None
+    except UserError as error:
+        raise UserError(f"{path}: {error}", error.status) from None
+    ids_S = _padded(tensors["expert_ids_S"])
+    experts_SR = {}
+    for name in experts.PARTS:
+        table_SX = tensors[f"{name}_SR"]
+        padding = [(0, ids_S.size - len(table_SX)), (0, 0), (0, 0)]
+        experts_SR[name] = sharding.put(np.pad(table_SX, padding), *experts.AXES)
+    return StoredMemory(router, sharding.put(ids_S), experts_SR, description["backbone"])
+
+
+def save_export(directory: Path, config: Config, memory: StoredMemory, expert_ids: np.ndarray | None = None) -> int:
+    """Writes a memory, or these of its experts alone, into a directory; returns how many experts."""
+    ids_S = np.asarray(memory.expert_ids_S)
+    kept_S = ids_S != EMPTY_SLOT
+    if expert_ids is not None:
+        kept_S &= np.isin(ids_S, expert_ids)
+    arrays, record = routers.save(memory.router)
+    tensors = {
+        **arrays,
+        "expert_ids_S": ids_S[kept_S],
+        **{f"{name}_SR": np.asarray(table_SX)[kept_S] for name, table_SX in memory.experts_SR.items()},
+    }
+    description = {
+        "config": dataclasses.asdict(config),
+        "backbone": memory.fingerprint,
+        "router": record,
+        "experts": int(kept_S.sum()),
+    }
+    save_file(tensors, directory / _TENSORS)
+    (directory / _DESCRIPTION).write_text(json.dumps(description, indent=1) + "\n")
+    return description["experts"]
+
+
+def adapter_fn(model: FrozenModel, memory: StoredMemory, config: Config) -> AdapterFn:
+    """Memory beside the backbone. Raises UserError if it was tuned beside another."""
+    if memory.fingerprint != model.fingerprint:
+        raise UserError(
+            f"this memory was made for another backbone (fingerprint {memory.fingerprint}) "
+            f"than {config.backbone.path or 'the one that ships'} ({model.fingerprint})"
+        )
+
+    def fetch(expert_ids_BK):
+        return _gather_trained(memory.expert_ids_S, memory.experts_SR, expert_ids_BK)
+
+    return with_experts(model, memory.router, fetch, config)
+
+
+def with_experts(model: FrozenModel, router: routers.Router, fetch, config: Config) -> AdapterFn:
+    """Lamini-1: every question selects its experts, and `fetch(expert_ids_BK) -> rows_BKR` reads those alone."""
+    top_k, target = config.memory.top_k, config.memory.target
+
+    def select(prompt_BT, length_B):
+        return routers.select(router, model, prompt_BT, length_B, top_k)
+
+    def build(selection):
+        suffix = _adapter(fetch(selection.expert_ids_BK), selection.gates_BK, target)
+        return Adapters(suffix=suffix, expert_ids_BK=selection.expert_ids_BK)
+
+    return AdapterFn(select, build)
+
+
+_gather_trained = jax.jit(experts.gather_trained)
+_adapter = jax.jit(experts.adapter, static_argnums=2)
+
+
+def _padded(ids_S: np.ndarray) -> np.ndarray:
+    """Ids with as many empty ones as the shards need: one at least, since nothing can be read of nothing."""
+    padding = sharding.round_up(max(1, ids_S.size), "experts") - ids_S.size
+    return np.pad(ids_S, (0, padding), constant_values=EMPTY_SLOT)
+
+
+def _description(directory: Path) -> dict[str, Any]:
+    path = directory / _DESCRIPTION
+    if not path.is_file():
+        raise UserError(f"--memory={directory}: has no {_DESCRIPTION}; python -m lamini_jax.export writes one")
+    try:
+        description = json.loads(path.read_text())
+        if not isinstance(description["backbone"], str) or not isinstance(description["router"], dict):
+            raise TypeError("backbone or router")
+        return {**description, "experts": int(description["experts"])}
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: is no description of a memory ({error}); export it again") from None
+
+
+def _config(path: Path, description: dict[str, Any]) -> Config:
+    try:
+        return from_config_dict(description["config"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: holds no config ({error})") from None

@@ -1,0 +1,153 @@
+"""Several processes, one per host: how they find each other, agree, are stopped, and end together.
+
+With a single process nothing here does anything, but for SIGTERM, which asks a run to save itself and end.
+"""
+
+import contextlib
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Iterable
+from typing import Any
+
+import jax
+import numpy as np
+import tqdm
+from jax.experimental import multihost_utils
+
+from lamini_jax.errors import PROCESS_LOST, UserError
+
+_PATIENCE = 20  # seconds that a process which fails waits for the others
+LONG_SECONDS = 5  # seconds after which progress is worth showing, as the `delay` of a bar
+_preempted = False
+
+
+def start(coordinator: str | None, num_processes: int | None, process_id: int | None, timeout: int) -> None:
+    """Joins the other processes. TPU pods and SLURM say by themselves who they are; elsewhere the arguments do.
+
+    Raises UserError (PROCESS_LOST) if they have not found each other within `timeout` seconds.
+    """
+    if coordinator and num_processes and process_id is not None:
+        _assemble(coordinator, num_processes, process_id, timeout)
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    try:
+        jax.distributed.initialize(coordinator, num_processes, process_id, initialization_timeout=timeout)
+    except (RuntimeError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"--multihost: the processes did not find each other ({reason})", PROCESS_LOST) from None
+
+
+def _assemble(coordinator: str, num_processes: int, process_id: int, timeout: int) -> None:
+    """Waits until all are there: jax itself would end a process that waits in vain with a page of stack traces."""
+    host, _, port = coordinator.rpartition(":")
+    if not host or not port.isdecimal():
+        raise UserError(f"--coordinator={coordinator}: must be HOST:PORT")
+    deadline = time.monotonic() + timeout
+    if process_id:
+        _report_to(host, int(port), deadline, f"--coordinator={coordinator}: not reached within {timeout} s")
+        return
+    try:
+        with socket.create_server(("", int(port))) as server, contextlib.ExitStack() as present:
+            for count in range(1, num_processes):
+                server.settimeout(max(deadline - time.monotonic(), 0.001))
+                try:
+                    present.enter_context(server.accept()[0])
+                except TimeoutError:
+                    message = f"--num_processes={num_processes}: only {count} came within {timeout} s"
+                    raise UserError(message, PROCESS_LOST) from None
+    except OSError as error:
+        raise UserError(f"--coordinator={coordinator}: {error.strerror}", PROCESS_LOST) from None
+
+
+def _report_to(host: str, port: int, deadline: float, failure: str) -> None:
+    """Connects to the coordinator and waits until it hangs up, which it does when all are there."""
+    while True:
+        try:
+            with socket.create_connection((host, port), timeout=5) as connection:
+                connection.settimeout(max(deadline - time.monotonic(), 0.001))
+                connection.recv(1)
+                return
+        except OSError as error:
+            if time.monotonic() > deadline:
+                raise UserError(f"{failure} ({error.strerror or error})", PROCESS_LOST) from None
+            time.sleep(0.5)
+
+
+def is_primary() -> bool:
+    """Whether this is the process that writes and prints."""
+    return jax.process_index() == 0
+
+
+def print_once(text: str) -> None:
+    """Prints, once for all processes."""
+    if is_primary():
+        print(text, flush=True)
+
+
+def progress_bar(iterable: Iterable | None = None, **options: Any) -> tqdm.tqdm:
+    """A progress bar of the first process: twice a second on a terminal, every ten seconds in a file."""
+    interval = 0.5 if sys.stderr.isatty() else 10.0
+    return tqdm.tqdm(iterable, mininterval=interval, disable=not is_primary(), **options)
+
+
+def broadcast(flag: bool) -> bool:
+    """What the first process thinks."""
+    return flag if jax.process_count() == 1 else bool(multihost_utils.broadcast_one_to_all(np.bool_(flag)))
+
+
+def barrier(name: str) -> None:
+    """Waits for all the others."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(name)
+
+
+@contextlib.contextmanager
+def preemption_guard():
+    """While it is entered, a SIGTERM does not end the process: `preempted` reports it."""
+
+    def remember(*_):
+        global _preempted
+        _preempted = True
+
+    if jax.process_count() > 1:  # jax watches, and finds the step at which all processes can stop
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, remember)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def preempted(step: int) -> bool:
+    """Whether to stop after this step, which all processes answer alike."""
+    return _preempted if jax.process_count() == 1 else multihost_utils.reached_preemption_sync_point(step)
+
+
+def lost_process_status(error: Exception) -> int | None:
+    """The status of an error that the end of another process caused, with a line that says so; otherwise None."""
+    if not jax.distributed.is_initialized():
+        return None
+    if not isinstance(error, jax.errors.JaxRuntimeError):
+        traceback.print_exc()
+        return 1
+    reason = str(error).splitlines()[0]
+    print(f"error: another process ended, and so does this one; start all of them again ({reason})", file=sys.stderr)
+    return PROCESS_LOST
+
+
+def exit_process(status: int) -> None:
+    """Exits. One of several that fails waits for the others a little, should they end for the same reason."""
+    if not status or not jax.distributed.is_initialized():
+        sys.exit(status)
+    if status != PROCESS_LOST:
+        together = threading.Thread(target=jax.distributed.shutdown, daemon=True)
+        together.start()
+        together.join(_PATIENCE)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)

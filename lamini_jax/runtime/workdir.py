@@ -1,0 +1,86 @@
+"""The directory of a run: bound to what the run depends on, and written so that no file is ever seen half-written."""
+
+import importlib.metadata
+import json
+import os
+import platform
+import secrets
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from lamini_jax.errors import OTHER_RUN, UserError
+from lamini_jax.runtime import cli, processes
+
+
+def write_json(path: str | os.PathLike, value: Any) -> None:
+    """Writes `value` to a file that is never seen half-written. Raises ValueError for NaN and infinities."""
+    write_text(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
+
+
+def write_text(path: str | os.PathLike, text: str) -> None:
+    """Writes a file, once for all processes, that is never seen half-written. Raises UserError if it cannot be."""
+    if not processes.is_primary():
+        return
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    try:
+        temporary.write_text(text)
+        os.replace(temporary, path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror})") from None
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def environment() -> dict[str, str]:
+    """What figures depend on beside the code: machine, devices and versions."""
+    versions = {name: importlib.metadata.version(name) for name in ("jax", "flax", "optax", "numpy")}
+    devices = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
+    return {"machine": f"{platform.machine()}, {os.cpu_count()} cores", "devices": devices, **versions}
+
+
+def open_workdir(workdir: str, identity: Mapping[str, Any]) -> Path:
+    """Returns the directory of a run, made if need be and bound to what the run depends on.
+
+    `identity` (the config as a dict, fingerprints of the data) is kept in its `config.json`. Raises UserError if the
+    directory cannot be used or if it belongs to a run with another identity.
+    """
+    if not workdir:
+        raise UserError("--workdir is empty: name a directory")
+    directory = Path(workdir)
+    saved_path = directory / "config.json"
+    identity = json.loads(json.dumps(identity))
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        if not os.access(directory, os.W_OK):
+            raise UserError(f"--workdir={workdir}: not writable")
+        if not saved_path.exists():
+            write_json(saved_path, identity)
+        processes.barrier("workdir")
+        saved = json.loads(saved_path.read_text())
+    except (FileExistsError, NotADirectoryError):
+        raise UserError(f"--workdir={workdir}: a file, or below one, and not a directory") from None
+    except OSError as error:
+        raise UserError(f"--workdir={workdir}: {error.strerror}") from None
+    except json.JSONDecodeError as error:
+        raise UserError(f"{saved_path}: not JSON ({error}); remove {workdir} or use another --workdir") from None
+    if saved != identity:
+        raise UserError(
+            f"--workdir={workdir} holds a run that differs in {_differences(saved, identity)}; "
+            "use another --workdir, or remove this one",
+            OTHER_RUN,
+        )
+    return directory
+
+
+def _differences(saved: Mapping[str, Any], asked: Mapping[str, Any]) -> str:
+    old, new = dict(cli.flatten(saved)), dict(cli.flatten(asked))
+    changes = []
+    for key in dict.fromkeys([*old, *new]):
+        before, after = (json.dumps(values[key]) if key in values else "(absent)" for values in (old, new))
+        if before != after:
+            changes.append(f"{key}: {before} -> {after}")
+    return ", ".join(changes)

@@ -1,0 +1,144 @@
+"""The loop over epochs, one for every `TrainMethod`: a generator of progress, whose caller decides when to stop."""
+
+import contextlib
+import dataclasses
+import itertools
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from lamini_jax.config import certified_loss
+from lamini_jax.data import batches
+from lamini_jax.evaluation import recall
+from lamini_jax.runtime import sharding
+from lamini_jax.training.method import Losses, TrainMethod
+
+# Epochs between two checks of the facts that tuning spares: they share experts with those that it still trains.
+CHECK_EVERY = 5
+_PER_FACT = ("total_F", "worst_F", "likeliest_F", "active_F")
+
+
+@dataclasses.dataclass
+class Progress:
+    """Where training stands: what a resumed run must know beside the trained state. Losses are per fact, last known."""
+
+    total_F: np.ndarray
+    worst_F: np.ndarray
+    likeliest_F: np.ndarray
+    active_F: np.ndarray  # which facts the epoch under way trains
+    loss: list[float] = dataclasses.field(default_factory=list)  # per epoch, nats per answer token
+    certified: list[int] = dataclasses.field(default_factory=list)  # per epoch, facts
+    seconds: list[float] = dataclasses.field(default_factory=list)  # per epoch
+    full_recall: int | None = None  # the first epoch after which every fact was recalled
+    lost: int = 0  # times that a check found a fact no longer certified: others have trained its experts
+    steps: int = 0
+    batches: int = 0  # of the epoch under way; 0: between two epochs
+
+    @property
+    def epoch(self) -> int:
+        return len(self.loss)
+
+    def save(self) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+        """Its arrays, and what JSON holds of it."""
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return {name: fields.pop(name) for name in _PER_FACT}, fields
+
+
+def new_progress(num_facts: int) -> Progress:
+    """Of a run that has not begun."""
+    unknown_F = np.full(num_facts, np.inf, np.float32)
+    return Progress(unknown_F, unknown_F.copy(), np.zeros(num_facts, bool), np.ones(num_facts, bool))
+
+
+def epochs(
+    method: TrainMethod, state: Any, progress: Progress, until_all_hold: bool = False
+) -> Iterator[tuple[Any, Progress]]:
+    """Trains from where `progress` stands until the budget of epochs is spent; yields after every step and epoch.
+
+    Within an epoch `progress.batches` says how many of its steps are done; after it, it is 0. Whoever stops closes the
+    generator, and may continue later from the state and the progress that were yielded last. At the end, facts are
+    checked and yielded once more.
+
+    With `until_all_hold`, certified facts are spared, all are checked every few epochs, and training ends as soon as
+    every fact is certified and recalled by decoding.
+    """
+    threshold = certified_loss(method.config.backbone.dtype)
+    while progress.epoch < method.config.tuning.epochs:
+        started = time.perf_counter()
+        if until_all_hold and progress.batches == 0 and not _choose_active(method, state, progress, threshold):
+            break
+        with contextlib.closing(_steps(method, state, progress)) as steps:
+            for state in steps:
+                if progress.batches:
+                    yield state, progress
+        progress.seconds.append(time.perf_counter() - started)
+        progress.certified.append(int((progress.worst_F < threshold).sum()))
+        progress.loss.append(float(progress.total_F.sum(dtype=np.float64) / method.data.answer_tokens))
+        first_time = not until_all_hold and progress.full_recall is None and progress.likeliest_F.all()
+        if first_time and recall.recalled(*method.adapter(state), method.facts)[0].all():
+            progress.full_recall = progress.epoch
+        yield state, progress
+    check(method, state, progress)
+    yield state, progress
+
+
+def check(method: TrainMethod, state: Any, progress: Progress) -> None:
+    """Measures every fact's losses as they are now and writes them into the progress.
+
+    Facts that were certified and are not any more are counted as lost.
+    """
+    threshold = certified_loss(method.config.backbone.dtype)
+    held_F, pending = progress.worst_F < threshold, []
+    for number, facts in enumerate(method.data.buckets):
+        count = len(method.data.examples[number].index_F)
+        for index_B in batches.in_order(count, min(method.config.tuning.batch_size, count)):
+            index_B = sharding.pad_rows(index_B, "batch", fill=-1)
+            pending.append((number, index_B, method.losses(method.model, state, *facts.batch(index_B))))
+    _record(method, progress, pending)
+    progress.lost += int((held_F & (progress.worst_F >= threshold)).sum())
+
+
+def _choose_active(method: TrainMethod, state: Any, progress: Progress, threshold: float) -> bool:
+    """Which facts the next epoch trains, those that do not hold; False if all of them do."""
+    if progress.epoch % CHECK_EVERY == 0 or (progress.worst_F < threshold).all():
+        check(method, state, progress)
+    if (progress.worst_F < threshold).all():
+        recalled_F, _ = recall.recalled(*method.adapter(state), method.facts)
+        if recalled_F.all():
+            return False
+        progress.worst_F[~recalled_F] = np.inf
+    progress.active_F = progress.worst_F >= threshold
+    return True
+
+
+def _steps(method: TrainMethod, state: Any, progress: Progress) -> Iterator[Any]:
+    """The steps of the epoch under way, from where it stands; the progress has their losses when it ends or is closed.
+
+    A fact's losses are those from before its step. They are read from the devices at the end, which no step waits for.
+    """
+    config, pending = method.config, []
+    examples, buckets = method.data.examples, method.data.buckets
+    order = batches.epoch_batches(examples, config.tuning.batch_size, config.seed, progress.epoch, progress.active_F)
+    try:
+        for number, index_B in itertools.islice(order, progress.batches, None):
+            index_B = sharding.pad_rows(index_B, "batch", fill=-1)
+            state, losses = method.step(method.model, state, *buckets[number].batch(index_B))
+            pending.append((number, index_B, losses))
+            progress.steps += 1
+            progress.batches += 1
+            yield state
+        progress.batches = 0
+        yield state
+    finally:
+        _record(method, progress, pending)
+
+
+def _record(method: TrainMethod, progress: Progress, pending: list[tuple[int, np.ndarray, Losses]]) -> None:
+    for number, index_B, losses in pending:
+        valid_B = index_B >= 0
+        index = method.data.examples[number].index_F[index_B[valid_B]]
+        progress.total_F[index] = np.asarray(losses.total_B)[valid_B]
+        progress.worst_F[index] = np.asarray(losses.worst_B)[valid_B]
+        progress.likeliest_F[index] = np.asarray(losses.likeliest_B)[valid_B]

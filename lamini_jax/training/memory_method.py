@@ -1,0 +1,198 @@
+"""Memory tuning: the experts that facts have selected are trained, and nothing else (section 7.1)."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import flax
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lamini_jax.backbone.answering import AdapterFn
+from lamini_jax.backbone.frozen_model import FrozenModel
+from lamini_jax.config import Config
+from lamini_jax.data import batches
+from lamini_jax.data.facts import Fact
+from lamini_jax.memory import experts, routers, slots, storage
+from lamini_jax.memory.experts import ExpertShape
+from lamini_jax.memory.routers import FactSelection
+from lamini_jax.runtime import checkpointing, sharding
+from lamini_jax.training import data, optimizers, row_optimizer
+from lamini_jax.training.data import DeviceFacts, FactExperts, TrainingData
+from lamini_jax.training.method import fact_losses
+
+
+@flax.struct.dataclass
+class MemoryState:
+    """What memory tuning changes."""
+
+    experts_NR: dict[str, jax.Array]
+    slots: row_optimizer.Slots
+
+
+@dataclasses.dataclass
+class MemoryMethod:
+    """A `TrainMethod` whose state is the array of experts with the optimizer's state of the selected ones."""
+
+    config: Config
+    model: FrozenModel
+    facts: Sequence[Fact]
+    data: TrainingData
+    selection: FactSelection
+    shape: ExpertShape
+    expert_ids_S: np.ndarray
+    tx: Any
+    step: Callable
+    losses: Callable
+
+    @classmethod
+    def create(
+        cls,
+        config: Config,
+        model: FrozenModel,
+        facts: Sequence[Fact],
+        selection: FactSelection,
+        later: Sequence[FactSelection] = (),
+        multiple: int = 8,
+    ) -> "MemoryMethod":
+        """Facts ready for steps with the experts that they selected.
+
+        `later` are the selections that `select` may be called with; `multiple` is what the tokens of a bucket are
+        rounded up to.
+        """
+        shape = experts.expert_shape(config.backbone, config.memory)
+        examples = batches.encode(facts, model.tokenizer, multiple)
+        every_XK = np.concatenate([each.expert_ids_FK for each in (selection, *later)])
+        expert_ids_S = slots.assign_slots(every_XK, config.memory.num_experts)
+        slots_XK = slots.find_slots(expert_ids_S, every_XK)
+        max_slots = slots.max_slots_per_batch(slots_XK, expert_ids_S.size, config.tuning.batch_size)
+        tx = optimizers.make(config.tuning.optimizer, data.num_steps(examples, config.tuning))
+        step, losses = programs(shape, config.memory.target, tx, max_slots)
+        read = data.of_activations(model, examples, 1e9 * config.execution.cache_gb)
+        method = cls(config, model, facts, read, selection, shape, expert_ids_S, tx, step, losses)
+        method.select(selection)
+        return method
+
+    def select(self, selection: FactSelection) -> None:
+        """From now on the facts have these experts."""
+        ids_FK = selection.expert_ids_FK
+        selected = FactExperts(ids_FK, selection.gates_FK, slots.find_slots(self.expert_ids_S, ids_FK))
+        self.selection, self.data = selection, self.data.selecting(selected)
+
+    def init(self) -> MemoryState:
+        """The state before any step."""
+        memory = self.config.memory
+        optimizer = row_optimizer.init(self.tx, self.expert_ids_S, self.shape)
+        return MemoryState(
+            experts.init(np.uint32(self.config.seed), self.shape, memory.num_experts, memory.dtype), optimizer
+        )
+
+    def adapter(self, state: MemoryState) -> tuple[FrozenModel, AdapterFn]:
+        """What answers questions with this state, until the next step donates it."""
+
+        def fetch(expert_ids_BK):
+            return _gather(state.experts_NR, expert_ids_BK)
+
+        return self.model, storage.with_experts(self.model, self.selection.router, fetch, self.config)
+
+    def save(self, state: MemoryState) -> tuple[dict[str, Any], dict[str, np.ndarray], dict[str, Any]]:
+        """What a checkpoint keeps: the selected experts and their optimizer's state, the selection and the router."""
+        tables = {
+            "experts": slots.read(state.experts_NR, state.slots.expert_ids_S),
+            "optimizer": state.slots.state,
+        }
+        arrays, router = routers.save(self.selection.router)
+        arrays |= {
+            "expert_ids_S": self.expert_ids_S,
+            "expert_ids_FK": self.selection.expert_ids_FK,
+            "gates_FK": self.selection.gates_FK,
+        }
+        return tables, arrays, {"router": router, "backbone": self.model.fingerprint}
+
+    def restore(self, saved: checkpointing.Saved) -> MemoryState:
+        """The state that was saved, on today's mesh."""
+        state, then_S = self.init(), saved.arrays["expert_ids_S"]
+        tables = {
+            name: slots.permute_slots(leaves, then_S, self.expert_ids_S, self.shape)
+            for name, leaves in saved.tables.items()
+        }
+        optimizer = state.slots.replace(state=checkpointing.restore_like(state.slots.state, tables["optimizer"]))
+        like = slots.read(state.experts_NR, optimizer.expert_ids_S)
+        experts_SR = checkpointing.restore_like(like, tables["experts"])
+        return MemoryState(slots.write(state.experts_NR, optimizer.expert_ids_S, experts_SR), optimizer)
+
+
+def programs(shape: ExpertShape, target: str, tx, max_slots: int) -> tuple[Callable, Callable]:
+    """`step` and `losses` of a `TrainMethod`.
+
+    Experts are gathered before differentiation, so that no gradient has size N. `max_slots` is
+    `slots.max_slots_per_batch` of the facts and the batch size.
+    """
+
+    def gather(state: MemoryState, facts: DeviceFacts, index_B):
+        batch = facts.take(index_B)
+        return batch, experts.gather(state.experts_NR, batch.selected.expert_ids_FK)
+
+    def forward(model, rows_BKR, batch: DeviceFacts):
+        adapter = experts.adapter(rows_BKR, batch.selected.gates_FK, target)
+        return fact_losses(model, batch.inputs, batch, adapter)
+
+    @functools.partial(jax.jit, donate_argnums=1)
+    def step(model: FrozenModel, state: MemoryState, facts: DeviceFacts, index_B):
+        batch, rows_BKR = gather(state, facts, index_B)
+
+        def objective(rows_BKR):
+            losses, mean_B = forward(model, rows_BKR, batch)
+            return jnp.sum(mean_B), losses
+
+        gradients_BKR, losses = jax.grad(objective, has_aux=True)(rows_BKR)
+        with jax.named_scope("row_optimizer"):
+            slots_BK = batch.selected.slots_FK
+            updated = row_optimizer.update(tx, state.experts_NR, state.slots, slots_BK, gradients_BKR, shape, max_slots)
+        return MemoryState(*updated), losses
+
+    @jax.jit
+    def losses(model: FrozenModel, state: MemoryState, facts: DeviceFacts, index_B):
+        batch, rows_BKR = gather(state, facts, index_B)
+        return forward(model, rows_BKR, batch)[0]
+
+    return step, losses
+
+
+def describe(config: Config, tokens: int, answer_tokens: int) -> tuple[Callable, MemoryState, DeviceFacts]:
+    """The step with its state and its facts as shapes on the current mesh, to compile it where nothing is in memory.
+
+    Facts have so many tokens, `answer_tokens` of them in the answer; no two of them share an expert, if there are
+    enough. Of a batch's experts, three times the average is in one shard at most.
+    """
+    memory, shape = config.memory, experts.expert_shape(config.backbone, config.memory)
+    num_facts = sharding.round_up(config.data.count, "facts")
+    num_experts = sharding.round_up(memory.num_experts, "experts")
+    num_slots = min(num_facts * memory.top_k, num_experts)
+    batch = sharding.round_up(config.tuning.batch_size, "batch")
+    max_slots = 3 * batch * memory.top_k // sharding.num_shards("experts")
+    tx = optimizers.make(config.tuning.optimizer, config.tuning.epochs * -(-num_facts // batch))
+
+    def described(leaf, axes):
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding.sharding_of(axes, leaf.shape))
+
+    def array(shape, dtype, *axes):
+        return described(jax.ShapeDtypeStruct(shape, dtype), axes)
+
+    experts_NR = {name: array(part, memory.dtype, *experts.AXES) for name, part in shape.parts(num_experts).items()}
+    ids_S = array((num_slots,), np.int32, *slots.AXES)
+    fresh = jax.eval_shape(lambda ids_S: row_optimizer.init(tx, ids_S, shape), ids_S)
+    axes = slots.table_axes(fresh.state, shape)
+    optimizer = row_optimizer.Slots(ids_S, jax.tree.map(described, fresh.state, axes))
+    per_fact = array((num_facts,), np.int32, "facts")
+    ids_FK, gates_FK = (array((num_facts, memory.top_k), dtype, "facts", None) for dtype in (np.int32, np.float32))
+    hidden_FTD = array((num_facts, tokens, config.backbone.embed_dim), np.float32, "facts", None, "width")
+    targets_FA = array((num_facts, answer_tokens), np.int32, "facts", None)
+    facts = DeviceFacts(hidden_FTD, per_fact, per_fact, targets_FA, FactExperts(ids_FK, gates_FK, ids_FK))
+    step, _ = programs(shape, memory.target, tx, max_slots)
+    return step, MemoryState(experts_NR, optimizer), facts
+
+
+_gather = jax.jit(experts.gather)

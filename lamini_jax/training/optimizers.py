@@ -1,0 +1,28 @@
+"""The optimizers by name, with their settings and the schedules of their learning rates: a new one is an entry here."""
+
+import optax
+
+from lamini_jax.config import OptimizerConfig
+from lamini_jax.errors import UserError
+
+OPTIMIZERS = {
+    # As the paper uses it (appendix A: a rate of our own, no scaling by the parameters).
+    "adafactor": lambda rate: optax.adafactor(rate, multiply_by_parameter_scale=False),
+    "adam": optax.adam,
+    "sgd": optax.sgd,
+}
+SCHEDULES = {
+    "constant": lambda rate, steps: rate,
+    "linear": lambda rate, steps: optax.linear_schedule(rate, 0.0, steps),
+}
+
+
+def check(config: OptimizerConfig, field: str) -> None:
+    """Raises UserError, naming the config's field, if there is no such optimizer."""
+    if config.name not in OPTIMIZERS:
+        raise UserError(f"--config.{field}.name={config.name}: must be one of {', '.join(OPTIMIZERS)}")
+
+
+def make(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
+    """The optimizer of a run of so many steps."""
+    return OPTIMIZERS[config.name](SCHEDULES[config.schedule](config.learning_rate, steps))

@@ -1,0 +1,88 @@
+"""Any optax transformation, row by row, on the experts that facts have selected.
+
+An expert's row is optimized as if it were a model of its own: its state, step count included, moves only when one of
+its facts is trained. Facts choose their experts before tuning begins, so state is kept for those S experts alone, in
+slots, and not for all N. On a mesh a slot is on the device of its expert.
+"""
+
+import functools
+
+import flax
+import jax
+import jax.numpy as jnp
+import optax
+
+from lamini_jax.memory import experts, slots
+from lamini_jax.memory.experts import ExpertShape
+from lamini_jax.memory.slots import EMPTY_SLOT
+from lamini_jax.runtime import sharded_tables, sharding
+
+
+@flax.struct.dataclass
+class Slots:
+    """The selected experts, ascending but for what fills up a shard (EMPTY_SLOT), and the optimizer's state of each."""
+
+    expert_ids_S: jax.Array
+    state: optax.OptState  # every leaf with a leading axis S
+
+
+@functools.partial(jax.jit, static_argnames=("tx", "shape"))
+def init(tx: optax.GradientTransformation, expert_ids_S, shape: ExpertShape) -> Slots:
+    """Fresh state for the selected experts."""
+
+    def start(_):
+        return tx.init({name: jnp.zeros(part) for name, part in shape.parts().items()})
+
+    state = jax.vmap(start)(expert_ids_S)
+    axes = slots.table_axes(state, shape)
+    state = jax.tree.map(lambda leaf, names: sharding.constrain(leaf, *names), state, axes)
+    return Slots(sharding.constrain(expert_ids_S, *slots.AXES), state)
+
+
+def update(tx, experts_NR, selected: Slots, slots_BK, gradients_BKR, shape: ExpertShape, touched: int):
+    """One step of the rows at `slots_BK` (EMPTY_SLOT is skipped), wherever they lie: the new rows, the new slots.
+
+    The gradients of an expert that several facts selected are summed. U is the slots of a batch in a shard, of which
+    there are at most `touched`.
+    """
+    state_axes, batch = slots.table_axes(selected.state, shape), ("batch", None)
+    gradient_axes = ("batch", None, None, "columns")
+
+    def fetch(shard, experts_NR, ids_S, state, slots_bK, gradients_bKR):
+        slots_X = shard.local_rows(shard.all_gather(slots_bK).reshape(-1), ids_S.size)
+        # One more, for what is another shard's.
+        size = min(touched + 1, slots_X.size)
+        slots_U, inverse_X = jnp.unique(slots_X, size=size, fill_value=ids_S.size, return_inverse=True)
+        ids_U = ids_S.at[slots_U].get(mode="fill", fill_value=EMPTY_SLOT)
+
+        def total(gradient_bKMI):
+            gradient_BKMI = shard.all_gather(gradient_bKMI)
+            gradient_XMI = gradient_BKMI.reshape(-1, *gradient_BKMI.shape[2:]).astype(jnp.float32)
+            return jax.ops.segment_sum(gradient_XMI, inverse_X.reshape(-1), num_segments=slots_U.size)
+
+        rows_U = shard.local_rows(ids_U, experts_NR["down"].shape[0])
+        experts_UR = jax.tree.map(lambda x: x.at[rows_U].get(mode="clip").astype(jnp.float32), experts_NR)
+        state_U = jax.tree.map(lambda x: x.at[slots_U].get(mode="clip"), state)
+        return rows_U, slots_U, experts_UR, state_U, jax.tree.map(total, gradients_bKR)
+
+    def store(_, experts_NR, state, rows_U, slots_U, experts_UR, state_U):
+        def replaced(x, new_UR):
+            return x.at[rows_U].set(new_UR.astype(x.dtype), mode="drop")
+
+        experts_NR = jax.tree.map(replaced, experts_NR, experts_UR)
+        return experts_NR, jax.tree.map(lambda x, new: x.at[slots_U].set(new, mode="drop"), state, state_U)
+
+    fetched_axes = (slots.AXES, slots.AXES, experts.AXES, state_axes)
+    fetch_axes = (experts.AXES, slots.AXES, state_axes, batch, gradient_axes)
+    fetched = sharded_tables.on_shards(fetch, fetch_axes, (*fetched_axes, experts.AXES))
+    rows_U, slots_U, experts_UR, state_U, gradients_UR = fetched(
+        experts_NR, selected.expert_ids_S, selected.state, slots_BK, gradients_BKR
+    )
+    # Between the two, whole experts: an optimizer may look at all of one, whose columns the compiler then sums over.
+    updates_UR, state_U = jax.vmap(tx.update)(gradients_UR, state_U, experts_UR)
+    experts_UR = optax.apply_updates(experts_UR, updates_UR)
+    stored_axes = (experts.AXES, state_axes)
+    experts_NR, state = sharded_tables.on_shards(store, (*stored_axes, *fetched_axes), stored_axes)(
+        experts_NR, selected.state, rows_U, slots_U, experts_UR, state_U
+    )
+    return experts_NR, selected.replace(state=state)
