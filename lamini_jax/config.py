@@ -43,10 +43,11 @@ def _number(default: float, **bounds: float) -> Any:
 class BackboneConfig:
     """A Llama-family decoder: RMSNorm, rotary positions, grouped-query attention, SwiGLU.
 
-    With a `path`, all of it but `max_seq_len` and `dtype` is read from the checkpoint there.
+    With a `path`, all of it but `system`, `max_seq_len` and `dtype` is read from the checkpoint there.
     """
 
     path: str = ""  # a directory in Hugging Face format, or a name on its Hub; empty: the backbone that ships
+    system: str = ""  # a message that goes before every question, in training too; empty: none
     family: str = "llama"  # a module of backbone/checkpoints/families: what the checkpoint's config.json calls it
     vocab_size: int = _number(256, at_least=1)
     num_layers: int = _number(4, at_least=2)
@@ -173,9 +174,9 @@ class Config:
 
 
 def identity(config: Config) -> dict[str, Any]:
-    """What decides the numbers of a run, as JSON has it: everything but how it is carried out."""
+    """What decides the numbers of a run, as JSON has it: not how it is carried out, nor where the weights are."""
     values = dataclasses.asdict(config)
-    del values["execution"]
+    del values["execution"], values["backbone"]["path"]
     return values
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,13 +11,27 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from lamini_jax.api import Source
-from lamini_jax.backbone import checkpoints, frozen_model, transformer
-from lamini_jax.backbone.checkpoints import huggingface
+from lamini_jax.backbone import checkpoints, transformer
 from lamini_jax.backbone.decoding import Adapters
 from lamini_jax.config import Config
 from lamini_jax.data import batches, facts
 from lamini_jax.errors import UserError
 from lamini_jax.memory import routers, storage
+
+_BASE = "base"  # the folder of an adapter with the backbone that ships
+_VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
+_README = """\
+---
+base_model: {base}
+library_name: peft
+---
+The {top_k} experts of one question as a LoRA adapter of rank {top_k}, beside the model at `{base}`.
+
+    peft.PeftModel.from_pretrained(transformers.AutoModelForCausalLM.from_pretrained("{base}"), "HERE")
+    vllm serve {base} --enable-lora --max-lora-rank {rank} --lora-modules memory=HERE
+
+vLLM's own limit is rank 16, and it refuses a larger one without `--max-lora-rank`.
+"""
 
 
 def memory(source: Source, questions: str | None, output: str) -> str:
@@ -39,21 +54,26 @@ def peft(source: Source, question: str, output: str) -> str:
     facts.check_question(question, tokenizer, config.backbone.max_seq_len, "--question")
     with _new_directory(output) as directory:
         (bucket,) = batches.prompts([question], tokenizer)
-        save_peft(directory, config, source.load().adapter_fn(bucket.tokens_FT, bucket.length_F))
-        return f"{config.memory.top_k} experts as a LoRA adapter"
+        adapters = source.load().adapter_fn(bucket.tokens_FT, bucket.length_F)
+        base = config.backbone.path
+        if not base:  # the backbone that ships, which no other library can find: it goes along
+            base = os.path.abspath(Path(output) / _BASE)
+            (directory / _BASE).mkdir()
+            checkpoints.export(config.backbone, directory / _BASE)
+        save_peft(directory, config, adapters, base)
+        rank = _vllm_rank(config.memory.top_k)
+        return f"{config.memory.top_k} experts as a LoRA adapter (for vLLM: --max-lora-rank {rank})"
 
 
 def backbone(config: Config, output: str) -> str:
     """Writes a backbone in Hugging Face format with its tokenizer; says what it wrote."""
     with _new_directory(output) as directory:
-        model = frozen_model.load(config)
-        huggingface.save_backbone(directory, config.backbone, transformer.join_layers(model.params))
-        model.tokenizer.save(directory)
+        checkpoints.export(config.backbone, directory)
         return "the backbone"
 
 
-def save_peft(directory: Path, config: Config, adapters: Adapters) -> None:
-    """Writes the adapters of one question; the gates are in its B matrices."""
+def save_peft(directory: Path, config: Config, adapters: Adapters, base: str) -> None:
+    """Writes the adapters of one question beside the model at `base`; the gates are in its B matrices."""
     c, target = config, config.memory.target
     half, first = transformer.LINEAR_LAYERS[target].half, c.backbone.num_layers - c.memory.num_layers
     down_MBKI, up_MBKO = (np.asarray(part) for part in adapters.suffix[target])
@@ -65,7 +85,7 @@ def save_peft(directory: Path, config: Config, adapters: Adapters) -> None:
     description = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": c.backbone.path,
+        "base_model_name_or_path": base,
         "r": c.memory.top_k,
         "lora_alpha": c.memory.top_k,  # a scale of 1
         "lora_dropout": 0.0,
@@ -78,6 +98,14 @@ def save_peft(directory: Path, config: Config, adapters: Adapters) -> None:
     }
     save_file(tensors, directory / "adapter_model.safetensors", metadata={"format": "pt"})
     (directory / "adapter_config.json").write_text(json.dumps(description, indent=1) + "\n")
+    (directory / "README.md").write_text(
+        _README.format(base=base, rank=_vllm_rank(c.memory.top_k), top_k=c.memory.top_k)
+    )
+
+
+def _vllm_rank(rank: int) -> int:
+    """The least of the ranks that vLLM can be told which has room for this one."""
+    return next((allowed for allowed in _VLLM_RANKS if allowed >= rank), rank)
 
 
 @contextlib.contextmanager

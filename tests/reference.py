@@ -54,14 +54,14 @@ def _tensors(file: Path) -> dict[str, np.ndarray]:
 
 def _sequence(config, tensors, tokens_T):
     eps = config["rms_norm_eps"]
-    x_TD = tensors["model.embed_tokens.weight"][tokens_T]
+    embedding_VD = tensors.get("model.embed_tokens.weight", tensors.get("lm_head.weight"))
+    x_TD = embedding_VD[tokens_T]
     for layer in range(config["num_hidden_layers"]):
         prefix = f"model.layers.{layer}."
         block = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
         x_TD = x_TD + _attention(config, block, layer, _norm(x_TD, block["input_layernorm.weight"], eps))
         x_TD = x_TD + _mlp(block, _norm(x_TD, block["post_attention_layernorm.weight"], eps))
-    tied = config.get("tie_word_embeddings", False)
-    unembedding_VD = tensors["model.embed_tokens.weight" if tied else "lm_head.weight"]
+    unembedding_VD = tensors.get("lm_head.weight", embedding_VD)
     return _norm(x_TD, tensors["model.norm.weight"], eps) @ unembedding_VD.T
 
 

@@ -16,10 +16,11 @@ from reference import relative_error
 from safetensors.numpy import load_file, save_file
 
 from lamini_jax import exports
+from lamini_jax.api import Memory, Source
 from lamini_jax.backbone import answering, frozen_model, transformer
 from lamini_jax.backbone import checkpoints as formats
-from lamini_jax.backbone.checkpoints import huggingface
-from lamini_jax.config import BackboneConfig, to_config_dict
+from lamini_jax.backbone.checkpoints import huggingface, shipped
+from lamini_jax.config import BackboneConfig, Config, to_config_dict
 from lamini_jax.configure import configure
 from lamini_jax.errors import BAD_INPUT, OTHER_RUN, UserError
 from lamini_jax.memory import experts, routers, storage
@@ -128,29 +129,6 @@ def test_a_memory_of_another_backbone_is_refused(world, tmp_path):
     assert_one_line(lambda: storage.adapter_fn(other, world.memory, world.config), *words)
 
 
-@pytest.fixture(scope="module")
-def weights(world):
-    return load_file(world.directory / "model.safetensors")
-
-
-def test_a_fingerprint_is_of_the_weights_and_not_of_their_files(world, weights, tmp_path):
-    checkpoints.save_weights(tmp_path, weights, shards=4)
-    assert huggingface.fingerprint(tmp_path) == huggingface.fingerprint(world.directory) == world.model.fingerprint
-    assert not (tmp_path / "model.safetensors").exists()
-
-
-def test_every_tensor_is_in_the_fingerprint(world, weights, tmp_path):
-    found = {world.model.fingerprint}
-    for name in weights:
-        checkpoints.save_weights(tmp_path, {**weights, name: weights[name] + np.float32(1e-3)})
-        found.add(huggingface.fingerprint(tmp_path))
-    assert len(found) == 1 + len(weights)
-    for other in (weights["model.norm.weight"].astype(np.float16), weights["model.norm.weight"][:-1].copy()):
-        checkpoints.save_weights(tmp_path, {**weights, "model.norm.weight": other})
-        found.add(huggingface.fingerprint(tmp_path))
-    assert len(found) == 3 + len(weights)
-
-
 def change_tensors(directory, **changes):
     tensors = {**load_file(directory / "memory.safetensors"), **changes}
     kept = {name: tensor for name, tensor in tensors.items() if tensor is not None}
@@ -237,7 +215,7 @@ def adapter(request, world, tmp_path_factory):
     adapter_fn = storage.adapter_fn(world.model, tuned, config)
     adapters = adapter_fn(np.pad(prompt_BT, [(0, 0), (0, 64 - prompt_BT.size)]), np.array([prompt_BT.size], np.int32))
     directory = tmp_path_factory.mktemp("adapter")
-    exports.save_peft(directory, config, adapters)
+    exports.save_peft(directory, config, adapters, config.backbone.path)
     return world._replace(config=config, memory=tuned), adapters, directory, prompt_BT
 
 
@@ -322,3 +300,80 @@ def test_transformers_opens_a_backbone_saved(saved_again):
     tokens_BT = np.random.default_rng(0).integers(checkpoints.TOKENIZER_SIZE, size=(1, 24))
     found, expected = (reference.transformers_logits(directory, tokens_BT) for directory in (again, original))
     assert relative_error(found, expected) <= 1e-6
+
+
+EXPORTED = {
+    "a bfloat16 checkpoint": {"torch_dtype": "bfloat16"},
+    "in shards": {"shards": 3},
+    "tied": {"tie_word_embeddings": True, "torch_dtype": "float16"},
+}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", EXPORTED)
+def test_an_exported_backbone_is_the_checkpoint(name, dtype, tmp_path):
+    """Not the run: its context, its format of numbers and its special tokens are the checkpoint's, byte for byte."""
+    arguments = {"pad_token_id": checkpoints.END, "unsloth_fixed": True, **EXPORTED[name]}
+    original = checkpoints.make(tmp_path / "original", "llama", **arguments)
+    (original / "LICENSE").write_text("free")
+    (original / "consolidated.safetensors").write_bytes(b"")
+    if name == "in shards":
+        (original / "model.safetensors.index.json").unlink()
+    asked = BackboneConfig(path=str(original), max_seq_len=64, dtype=dtype)
+    config = dataclasses.replace(CONFIG, backbone=formats.resolve(asked))
+    exports.backbone(config, str(tmp_path / "out"))
+    written = {path.name for path in (tmp_path / "out").iterdir()}
+    assert written - {"model.safetensors.index.json"} == {path.name for path in original.iterdir()} - {
+        "consolidated.safetensors"
+    }
+    for file in written - {"model.safetensors.index.json"}:
+        assert (tmp_path / "out" / file).read_bytes() == (original / file).read_bytes(), file
+    assert huggingface.fingerprint(str(tmp_path / "out")) == huggingface.fingerprint(str(original))
+    if name == "in shards":
+        index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
+        checkpoints.save_weights(tmp_path, load_weights(original), shards=3)
+        assert index == json.loads((tmp_path / "model.safetensors.index.json").read_text())
+
+
+def test_a_checkpoint_that_has_changed_is_not_exported(tmp_path):
+    original = checkpoints.make(tmp_path / "original", "llama")
+    config = dataclasses.replace(CONFIG, backbone=formats.resolve(BackboneConfig(path=str(original))))
+    checkpoints.edit(original / "config.json", rms_norm_eps=1e-3)
+    assert_one_line(lambda: exports.backbone(config, str(tmp_path / "out")), original, "norm_eps")
+    assert [path.name for path in tmp_path.iterdir()] == ["original"]
+
+
+def load_weights(directory):
+    return {name: tensor for path in sorted(directory.glob("model-*")) for name, tensor in load_file(path).items()}
+
+
+def test_the_backbone_that_ships_keeps_its_fingerprint_and_tokens(tmp_path):
+    """So that what was tuned beside it is asked beside its export."""
+    for dtype in ("float32", "bfloat16"):
+        directory = tmp_path / dtype
+        exports.backbone(Config(backbone=BackboneConfig(dtype=dtype)), str(directory))
+        assert huggingface.fingerprint(str(directory)) == shipped.fingerprint("")
+        described = json.loads((directory / "config.json").read_text())
+        expected = {"max_position_embeddings": 256, "torch_dtype": "float32"}
+        expected |= {"bos_token_id": 0xFD, "eos_token_id": 0xFF, "pad_token_id": 0xFC}
+        assert expected.items() <= described.items()
+        resolved = formats.resolve(BackboneConfig(path=str(directory), dtype=dtype))
+        assert dataclasses.replace(resolved, path="") == BackboneConfig(dtype=dtype)
+
+
+def test_an_adapter_beside_the_backbone_that_ships_brings_it(tmp_path):
+    """For no other library can find it; and it says what vLLM must be told."""
+    config = Config(memory=CONFIG.memory)
+    model, router = frozen_model.load(config), helpers.random_router(config)
+    ids_S = np.unique(routers.select_facts(model, router, QUESTIONS[:1], config.memory.top_k).expert_ids_FK)
+    stored = random_memory(config, model, router, ids_S)
+    source = Source(tmp_path, config, is_export=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Source, "load", lambda self: Memory(config, model, stored))
+        said = exports.peft(source, QUESTIONS[0], str(tmp_path / "out"))
+    base = json.loads((tmp_path / "out" / "adapter_config.json").read_text())["base_model_name_or_path"]
+    assert base == str(tmp_path / "out" / "base")
+    assert huggingface.fingerprint(base) == model.fingerprint
+    readme = (tmp_path / "out" / "README.md").read_text()
+    assert base in readme and "--max-lora-rank 8" in readme and "--max-lora-rank 8" in said
+    assert [exports._vllm_rank(rank) for rank in (1, 8, 9, 32, 33, 600)] == [8, 8, 16, 32, 64, 600]

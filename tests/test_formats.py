@@ -18,6 +18,7 @@ FORMAT = {
     "load_whole": ["path", "dtype", "max_seq_len"],
     "load_tokenizer": ["config"],
     "fingerprint": ["path"],
+    "export": ["config", "directory"],
 }
 FAMILY = {"block_fields": ["values"], "extra_values": ["config"]}
 

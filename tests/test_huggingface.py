@@ -88,6 +88,59 @@ def test_a_window_of_some_layers_is_right_or_refused(tmp_path):
         assert relative_error(found_BTV, reference.logits(directory, TOKENS_BT)) <= 1e-4
 
 
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+
+
+def say_tied(directory, change):
+    """A checkpoint whose flag says that its head is its embedding, with a change of its weights."""
+    checkpoints.make_preset(directory, "qwen2_tied", tokenizer=False, torch_dtype="float32")
+    weights = load_file(directory / "model.safetensors")
+    change(weights)
+    checkpoints.save_weights(directory, weights)
+    return directory
+
+
+HEADS = {
+    "no head": lambda weights: None,
+    "the same head": lambda weights: weights.update({HEAD: weights[EMBEDDING]}),
+    "the head in place of the embedding": lambda weights: weights.update({HEAD: weights.pop(EMBEDDING)}),
+    "another head": lambda weights: weights.update({HEAD: weights[EMBEDDING][::-1].copy()}),
+}
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_a_tied_head_is_what_transformers_makes_of_it(name, tmp_path, caplog):
+    """What is stored goes before what config.json says, and where the two are at odds that is said, once."""
+    directory = say_tied(tmp_path / "checkpoint", HEADS[name])
+    found_BTV = imported_logits(directory)
+    assert relative_error(found_BTV, reference.logits(directory, TOKENS_BT)) <= 1e-4
+    own = name == "another head"
+    assert huggingface.resolve(BackboneConfig(path=str(directory))).tied_embeddings != own
+    warnings = [record.getMessage() for record in caplog.records if "lm_head.weight" in record.getMessage()]
+    assert len(warnings) == own and all(str(directory / "config.json") in text for text in warnings)
+    if not own:
+        tied = say_tied(tmp_path / "tied", HEADS["no head"])
+        assert huggingface.fingerprint(str(directory)) == huggingface.fingerprint(str(tied))
+
+
+def test_a_head_of_the_same_values_is_the_embedding(tmp_path):
+    """Whatever the flag says: the model is the same one."""
+    tied, both = (
+        say_tied(tmp_path / str(number), HEADS[name]) for number, name in enumerate(["no head", "the same head"])
+    )
+    checkpoints.edit(both / "config.json", tie_word_embeddings=False)
+    found = [load_whole(str(directory)) for directory in (tied, both)]
+    assert dataclasses.replace(found[0][0], path="") == dataclasses.replace(found[1][0], path="")
+    assert helpers.same_bits(found[0][1], found[1][1])
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_transformers_reads_a_tied_head_alike(name, tmp_path):
+    directory = say_tied(tmp_path / "checkpoint", HEADS[name])
+    expected_BTV = reference.transformers_logits(directory, TOKENS_BT)
+    assert relative_error(reference.logits(directory, TOKENS_BT), expected_BTV) <= 1e-4
+
+
 def test_buffers_that_old_checkpoints_carry_are_skipped(tmp_path):
     directory = checkpoints.make_preset(tmp_path / "checkpoint", "llama1", tokenizer=False)
     before = load_whole(str(directory))

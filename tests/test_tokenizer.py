@@ -61,16 +61,44 @@ def test_prompts_equal_those_of_transformers(original, text):
 # What templates of published models do: name -> (settings, template, what it makes of "Who?")
 TEMPLATES = {
     "a token without a value": ({"bos_token": None}, "{{ bos_token }}{{ messages[0].content }}", "Who?"),
-    "is defined": ({"bos_token": None}, "{% if bos_token is defined %}a{% else %}b{% endif %}", "b"),
+    "is defined": (
+        {"bos_token": None},
+        "{% if bos_token is defined %}a{% else %}b{% endif %} {{ messages[0].content }}",
+        "b Who?",
+    ),
     "no tools": ({}, "{% if tools is not none %}tools{% endif %}{{ messages[0]['content'] }}", "Who?"),
-    "no documents": ({}, "{% if documents %}documents{% endif %}{{ documents is defined }}", "True"),
+    "no documents": (
+        {},
+        "{% if documents %}documents{% endif %}{{ documents is defined }}{{ messages[0].content }}",
+        "TrueWho?",
+    ),
     "break": ({}, "{% for m in messages %}{{ m.content }}{% break %}{% endfor %}", "Who?"),
     "a token in full": (
         {"eos_token": {"__type": "AddedToken", "content": "<|eot_id|>", "special": True}},
         "{{ messages[0].content + eos_token }}",
         "Who?<|eot_id|>",
     ),
-    "blocks on lines": ({}, "  {% if true %}\n{{ messages[0].role }}\n  {% endif %}\n\nx\n", "user\n\nx"),
+    "blocks on lines": ({}, "  {% if true %}\n{{ messages[0].content }}\n  {% endif %}\n\nx\n", "Who?\n\nx"),
+    "generation": (
+        {},
+        "{% for m in messages %}{%- generation -%}\n {{ m.content }} {% set x = 1 %}{% endgeneration %}{% endfor %}"
+        "|{{ x }}",
+        "Who? |",
+    ),
+    "generation on lines": ({}, "{% generation %}\n{{ messages[0].content }}\n{% endgeneration %}\nx", "Who?\nx"),
+    "JSON": (
+        {},
+        "{{ {'<&>': [messages[0].content, '\u00fc\"', none, true]} | tojson }}",
+        '{"<&>": ["Who?", "\u00fc\\"", null, true]}',
+    ),
+    "JSON of other settings": (
+        {},
+        "{{ {'b': 1, 'a': messages[0].content} | tojson(indent=2, sort_keys=true, separators=(',', ':')) }}",
+        '{\n  "a":"Who?",\n  "b":1\n}',
+    ),
+    "JSON in ASCII": ({}, "{{ (messages[0].content ~ '\u00fc') | tojson(ensure_ascii=true) }}", '"Who?\\u00fc"'),
+    "flags that end in _token": ({"add_bos_token": True}, "{{ add_bos_token }}{{ messages[0].content }}", "Who?"),
+    "a namespace": ({}, "{% set n = namespace(x=1) %}{% set n.x = 2 %}{{ n.x }}{{ messages[0].content }}", "2Who?"),
 }
 
 
@@ -199,6 +227,52 @@ def test_answers_that_would_come_back_otherwise_are_refused(normalizer, director
     refused(directory, tmp_path, "Who?", text, '"answer"', repr(normalizer.normalize_str(text)))
     (tmp_path / "facts.jsonl").write_text(json.dumps({"question": text, "answer": "me"}))
     assert len(facts.read_jsonl(str(tmp_path / "facts.jsonl"), load(directory), 256)) == 1
+
+
+SYSTEM = "Answer {{ in }} one word."
+WITH_SYSTEM = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}<assistant>"
+NEEDS_SYSTEM = (
+    "{% if messages[0].role != 'system' %}{{ raise_exception('a system message first') }}{% endif %}" + WITH_SYSTEM
+)
+
+
+@pytest.mark.parametrize("template", [WITH_SYSTEM, NEEDS_SYSTEM])
+def test_a_system_message_goes_before_the_question(template, directory):
+    edit(directory / "tokenizer_config.json", chat_template=template)
+    tokenizer = tokenizers.load(directory, VOCABULARY, SYSTEM)
+    assert tokenizer.prompt("Who?") == tokenizer.encode(f"<system>{SYSTEM}<user>Who?<assistant>")
+
+
+NO_PLACE = {
+    "leaves it out": ("{{ messages[-1].content }}", "--config.backbone.system: "),
+    "refuses it": (NEEDS_SYSTEM.replace("!=", "==").replace("first", "never"), "a system message never"),
+    "no template": (ABSENT, "--config.backbone.system: "),
+}
+
+
+@pytest.mark.parametrize("name", NO_PLACE)
+def test_a_system_message_without_a_place_is_refused(name, directory):
+    template, words = NO_PLACE[name]
+    edit(directory / "tokenizer_config.json", chat_template=template)
+    assert_one_line(lambda: tokenizers.load(directory, VOCABULARY, SYSTEM), directory, words)
+    load(directory)
+
+
+def test_a_template_that_needs_a_system_message_says_so(directory):
+    edit(directory / "tokenizer_config.json", chat_template=NEEDS_SYSTEM)
+    assert_one_line(lambda: load(directory), directory, '--config.backbone.system="..."')
+
+
+def test_the_date_stands_still_and_is_said_once(directory, caplog):
+    template = "{{ strftime_now('%d %b %Y') }} {{ messages[0].content }}"
+    edit(directory / "tokenizer_config.json", chat_template=template)
+    for _ in range(2):
+        tokenizer = load(directory)
+        assert tokenizer.prompt("Who?") == tokenizer.encode("26 Jul 2024 Who?")
+    edit(directory / "tokenizer_config.json", chat_template=template + "{{ raise_exception('no') }}")
+    assert_one_line(lambda: load(directory), directory)
+    (warning,) = [record.getMessage() for record in caplog.records]
+    assert str(directory) in warning and "26 July 2024" in warning and "\n" not in warning
 
 
 BAD_TEMPLATES = {

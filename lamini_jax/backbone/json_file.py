@@ -1,4 +1,4 @@
-"""JSON files of a checkpoint."""
+"""JSON files of a checkpoint, which strangers wrote."""
 
 import json
 from pathlib import Path
@@ -6,15 +6,32 @@ from typing import Any
 
 from lamini_jax.errors import UserError
 
+_SHOWN = 100  # characters of a value in a message
+
 
 def read(path: Path) -> dict[str, Any]:
-    """The object in a file. Raises UserError if the file is missing, or holds something else."""
+    """The object in a file, in any encoding of JSON. Raises UserError if the file is missing, or holds something else.
+
+    Of a key that is there twice the last counts, as everywhere.
+    """
     try:
-        value = json.loads(path.read_text())
+        value = json.loads(path.read_bytes())
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
-    except ValueError as error:
-        raise UserError(f"{path}: is not JSON ({error})") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: is not JSON ({one_line(error)})") from None
     if not isinstance(value, dict):
         raise UserError(f"{path}: is not a JSON object")
     return value
+
+
+def shown(value: Any) -> str:
+    """A value or a name as a message has it: in one line, and not too long."""
+    text = value if isinstance(value, str) and value.isprintable() else json.dumps(value)
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
+
+
+def one_line(error: BaseException) -> str:
+    """What an exception of another library says."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if text.isprintable() else repr(text)

@@ -9,10 +9,11 @@ from typing import Protocol
 import numpy as np
 
 from lamini_jax.backbone import chat_template, json_file
+from lamini_jax.backbone.json_file import one_line, shown
 from lamini_jax.errors import UserError
 
 # Files of a checkpoint that belong to its tokenizer, by the beginnings of their names.
-_FILES = ("tokenizer", "chat_template", "generation_config", "special_tokens")
+_FILES = ("tokenizer", "chat_template", "generation_config", "special_tokens", "added_tokens", "vocab", "merges")
 
 
 class Tokenizer(Protocol):
@@ -102,30 +103,31 @@ class ByteTokenizer:
         template = "{{ '<|begin|>' }}{{ messages[-1]['content'] }}{{ '<|answer|>' }}"
         settings = {"tokenizer_class": "PreTrainedTokenizerFast", "chat_template": template, **names}
         (directory / "tokenizer_config.json").write_text(json.dumps(settings, indent=1) + "\n")
-        generation = {"eos_token_id": self.stop_id, "pad_token_id": self.pad_id}
+        generation = {"bos_token_id": self.begin_id, "eos_token_id": self.stop_id, "pad_token_id": self.pad_id}
         (directory / "generation_config.json").write_text(json.dumps(generation) + "\n")
 
 
 class CheckpointTokenizer:
     """The tokenizer.json of a checkpoint, with its chat template: the question is the user's turn.
 
-    A checkpoint without a chat template, which has not learned to chat, reads the question and a line feed.
+    A `system` message goes before it, unless that is empty. A checkpoint without a chat template, which has not learned
+    to chat, reads the question and a line feed.
     """
 
-    def __init__(self, directory: Path):
+    def __init__(self, directory: Path, system: str = ""):
         self._directory = directory
         self._tokenizer = _load_tokenizer(directory / "tokenizer.json")
         self._settings = json_file.read(directory / "tokenizer_config.json")
-        self._render = chat_template.load(directory, self._settings)
+        self._render = chat_template.load(directory, self._settings, system)
         self._specials = [t.content for t in self._tokenizer.get_added_tokens_decoder().values() if t.special]
-        self.vocab_size = 1 + max(self._tokenizer.get_vocab().values())
+        self.vocab_size = 1 + max(self._tokenizer.get_vocab().values(), default=-1)
         self.stop_ids = self._find_stops(directory)
         pad = self._special("pad_token")
         self.pad_id = self.stop_ids[0] if pad is None else pad
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of a text, without any special token."""
-        return self._tokenizer.encode(text, add_special_tokens=False).ids
+        """Token ids of a text, without any special token. Raises UserError for lone surrogates."""
+        return self._ids(text, add_special_tokens=False)
 
     def decode(self, ids) -> str:
         """The text of some ids up to the first stop token."""
@@ -134,8 +136,8 @@ class CheckpointTokenizer:
     def prompt(self, question: str) -> list[int]:
         """The question as the chat template has it, and the beginning of the assistant's turn."""
         if self._render is None:
-            return self._tokenizer.encode(question + "\n").ids
-        return self.encode(self._render([{"role": "user", "content": question}]))
+            return self._ids(question + "\n")
+        return self.encode(self._render(question))
 
     def completion(self, answer: str) -> list[int]:
         """The answer and the token that ends a turn."""
@@ -144,8 +146,8 @@ class CheckpointTokenizer:
     def continuation(self, context: str, text: str) -> tuple[list[int], list[int]]:
         """A plain text and what follows it; blanks between them belong to the latter, as in words that were learned."""
         kept = len(context.rstrip())
-        ids = self._tokenizer.encode(context[:kept]).ids
-        return ids, self._tokenizer.encode(context + text).ids[len(ids) :]
+        ids = self._ids(context[:kept])
+        return ids, self._ids(context + text)[len(ids) :]
 
     def why_unsupported(self, text: str, exactly: bool) -> str | None:
         """What of the text is a special token, or, with `exactly`, comes back as another text; None if nothing is."""
@@ -159,13 +161,23 @@ class CheckpointTokenizer:
     def save(self, directory: Path) -> None:
         """Copies the files that it was read from."""
         for path in self._directory.iterdir():
-            if path.name.startswith(_FILES):
-                shutil.copy(path, directory)
+            if path.name.startswith(_FILES) and path.is_file():
+                shutil.copyfile(path, directory / path.name)
+
+    def _ids(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        try:
+            return self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
+        except (TypeError, UnicodeEncodeError):  # the library's word for text that is not Unicode
+            raise UserError(f"{text!r}: is not valid UTF-8 text") from None
 
     def _special(self, name: str) -> int | None:
         """The id of a special token that tokenizer_config.json names."""
         value = self._settings.get(name)
         token = value.get("content") if isinstance(value, dict) else value
+        if not isinstance(token, str | None):
+            raise UserError(
+                f"{self._directory / 'tokenizer_config.json'}: {name} {shown(json.dumps(value))} is no text"
+            )
         return None if token is None else self._tokenizer.token_to_id(token)
 
     def _find_stops(self, directory: Path) -> tuple[int, ...]:
@@ -174,21 +186,24 @@ class CheckpointTokenizer:
         for name in ("generation_config.json", "config.json"):
             path = directory / name
             ids = json_file.read(path).get("eos_token_id") if path.exists() else None
-            stops += ids if isinstance(ids, list) else [ids]
+            for stop in ids if isinstance(ids, list) else [ids]:
+                if stop is not None and (type(stop) is not int or stop < 0):
+                    raise UserError(f"{path}: eos_token_id {shown(json.dumps(stop))} is no token id")
+                stops.append(stop)
         stop_ids = tuple(dict.fromkeys(stop for stop in stops if stop is not None))
         if not stop_ids:
             raise UserError(f"{directory / 'tokenizer_config.json'}: names no eos_token to end an answer with")
         return stop_ids
 
 
-def load(directory: Path, vocab_size: int) -> CheckpointTokenizer:
+def load(directory: Path, vocab_size: int, system: str = "") -> CheckpointTokenizer:
     """The tokenizer of a checkpoint. Raises UserError if it is missing, damaged or larger than the vocabulary."""
-    tokenizer = CheckpointTokenizer(directory)
+    tokenizer = CheckpointTokenizer(directory, system)
+    vocabulary = f"and the backbone's vocabulary is {vocab_size} tokens"
     if tokenizer.vocab_size > vocab_size:
-        raise UserError(
-            f"{directory / 'tokenizer.json'}: has the token id {tokenizer.vocab_size - 1}, "
-            f"and the backbone's vocabulary is {vocab_size} tokens"
-        )
+        raise UserError(f"{directory / 'tokenizer.json'}: has the token id {tokenizer.vocab_size - 1}, {vocabulary}")
+    if tokenizer.stop_ids[0] >= vocab_size:
+        raise UserError(f"{directory}: eos_token_id {tokenizer.stop_ids[0]} ends an answer, {vocabulary}")
     return tokenizer
 
 
@@ -208,7 +223,7 @@ def _load_tokenizer(path: Path):
     try:
         tokenizer = Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises nothing more special
-        raise UserError(f"{path}: is no tokenizer ({error})") from None
+        raise UserError(f"{path}: is no tokenizer ({one_line(error)})") from None
     # What some were trained with and saved with; questions are neither cut off nor filled up.
     tokenizer.no_truncation()
     tokenizer.no_padding()

@@ -9,18 +9,21 @@ A new format is a new module here, and nothing else changes. It has
                                     UserError if the checkpoint does not say what the config says
     load_whole(path, dtype, max_seq_len) -> (config, params)    the same in one stack of layers
     load_tokenizer(config) -> Tokenizer
-    fingerprint(path) -> str        a short name for the weights, which others do not have
+    fingerprint(path) -> str        a short name for the weights, which others do not have: `_fingerprint` makes one
+    export(config, directory) -> None   writes weights and tokenizer in Hugging Face format
 
 `huggingface` is asked last and recognizes what is left: a directory, or a name on the Hub, which any text may be.
 Modules whose names begin with an underscore are no formats; `_loading.load` is of use to any, for it puts tensor by
 tensor straight into shards.
 """
 
+from pathlib import Path
 from types import ModuleType
 
 from lamini_jax.backbone.tokenizer import Tokenizer
 from lamini_jax.backbone.transformer import Params
 from lamini_jax.config import BackboneConfig
+from lamini_jax.errors import UserError
 from lamini_jax.runtime.registry import Registry
 
 FORMATS = Registry(__name__, "backbone.path")
@@ -52,3 +55,13 @@ def load_whole(path: str, dtype: str = "float32", max_seq_len: int = 256) -> tup
 def load_tokenizer(config: BackboneConfig) -> Tokenizer:
     """The tokenizer of the backbone that `config` names. Raises UserError if it is missing or damaged."""
     return format_of(config.path).load_tokenizer(config)
+
+
+def export(config: BackboneConfig, directory: Path) -> None:
+    """Writes the backbone that `config` names in Hugging Face format, with the values, the context and the tokens that
+    its checkpoint has, whatever the run's dtype and max_seq_len. Raises UserError if it cannot be read again.
+    """
+    source = format_of(config.path)
+    source.export(config, directory)
+    if FORMATS[_LAST].fingerprint(str(directory)) != source.fingerprint(config.path):
+        raise UserError(f"{directory}: what was written is not what was read; try again, or look at the disk")

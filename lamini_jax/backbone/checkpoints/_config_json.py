@@ -1,6 +1,6 @@
 """config.json, which describes a model in Hugging Face format, as a BackboneConfig and back.
 
-Whatever in it would change the result and is not understood is refused by name.
+What each of its keys is, `_config_keys` says; whatever would change the result is refused by name.
 """
 
 import dataclasses
@@ -10,39 +10,41 @@ from pathlib import Path
 from typing import Any
 
 from lamini_jax.backbone import json_file
+from lamini_jax.backbone.checkpoints import _config_keys as keys
 from lamini_jax.backbone.checkpoints.families import FAMILIES
+from lamini_jax.backbone.json_file import shown
 from lamini_jax.config import BackboneConfig
 from lamini_jax.errors import UserError
 
 _NEEDED = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
-_UNDERSTOOD = frozenset(
-    (
-        *_NEEDED,
-        *"model_type num_key_value_heads head_dim rms_norm_eps rope_theta rope_scaling rope_parameters".split(),
-        *"tie_word_embeddings sliding_window use_sliding_window max_window_layers layer_types hidden_act".split(),
-        *"attention_bias mlp_bias max_position_embeddings".split(),
-    )
-)
-# Names, the tokenizer's own tokens, and what matters in training alone.
-_HARMLESS = frozenset(
-    "_name_or_path architectures attention_dropout bos_token_id dtype eos_token_id initializer_range pad_token_id "
-    "pretraining_tp torch_dtype transformers_version unk_token_id use_cache".split()
-)
-_ROPE_FIELDS = {"rope_type", "type", "rope_theta", "factor"}
-_LLAMA3_FIELDS = {"low_freq_factor", "high_freq_factor", "original_max_position_embeddings"}
+_SILU = ("silu", "swish")  # two names of one function
+# Keys of rope_scaling and rope_parameters, and what their values must be.
+_ROPE_KINDS = {
+    "rope_type": keys.TEXT._replace(may_be_null=True),
+    "type": keys.TEXT._replace(may_be_null=True),
+    "rope_theta": keys.POSITIVE,
+    "factor": keys.POSITIVE,
+    "low_freq_factor": keys.POSITIVE,
+    "high_freq_factor": keys.POSITIVE,
+    "original_max_position_embeddings": keys.COUNT_OR_NULL,
+}
+# Others that come along, with the values in which they change nothing.
+_ROPE_NEUTRAL = {"partial_rotary_factor": 1, "attention_factor": 1, "mscale": 1}
+_LLAMA3_NEEDS = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+_ROPE_NEEDS = {"default": (), "linear": ("factor",), "llama3": _LLAMA3_NEEDS}
 
 
 def read(path: Path) -> tuple[dict[str, Any], int | None]:
     """The fields of BackboneConfig that a config.json decides, and the longest sequence that it allows.
 
-    Raises UserError for what is missing, or not understood.
+    Raises UserError for what is missing, of a wrong type or not understood.
     """
     values = json_file.read(path)
     return _fields(path, values), values.get("max_position_embeddings")
 
 
-def write(path: Path, config: BackboneConfig) -> None:
-    """The inverse of `read`. Raises UserError for a config that no checkpoint of its family has."""
+def write(path: Path, config: BackboneConfig, **others: Any) -> None:
+    """The inverse of `read`, with other keys. Raises UserError for a config that no checkpoint of its family has."""
     c, family = config, FAMILIES[config.family]
     values = {
         "architectures": [family.ARCHITECTURE],
@@ -62,6 +64,7 @@ def write(path: Path, config: BackboneConfig) -> None:
         "hidden_act": "silu",
         "torch_dtype": c.dtype,
         **family.extra_values(c),
+        **others,
     }
     for name, value in _fields(path, values).items():
         if getattr(c, name) != value:
@@ -72,10 +75,15 @@ def write(path: Path, config: BackboneConfig) -> None:
 def _fields(path: Path, values: Mapping[str, Any]) -> dict[str, Any]:
     name = values.get("model_type")
     if name not in FAMILIES.names():
-        raise UserError(f"{path}: model_type {name!r} is not supported; one of {', '.join(FAMILIES.names())} is")
+        known = ", ".join(FAMILIES.names())
+        raise UserError(f"{path}: model_type {keys.json_of(name)} is not supported; one of {known} is")
+    keys.check(path, values)
+    for key in _NEEDED:
+        if key not in values:
+            raise UserError(f"{path}: has no {key}")
     values = {**FAMILIES[name].DEFAULTS, **values}
     block = FAMILIES[name].block_fields(values)
-    _refuse_others(path, values, "sliding_attention" if block["sliding_window"] else "full_attention")
+    _refuse_others(path, values, block)
     heads = values["num_attention_heads"]
     return {
         "family": name,
@@ -87,61 +95,78 @@ def _fields(path: Path, values: Mapping[str, Any]) -> dict[str, Any]:
         "head_dim": values.get("head_dim") or values["hidden_size"] // heads,
         "mlp_dim": values["intermediate_size"],
         "norm_eps": float(values.get("rms_norm_eps", 1e-6)),
-        "tied_embeddings": bool(values.get("tie_word_embeddings")),
+        "tied_embeddings": values.get("tie_word_embeddings") or False,
         **block,
         **_rope_fields(path, values),
     }
 
 
-def _refuse_others(path: Path, values: Mapping[str, Any], layer_type: str) -> None:
-    """Raises UserError for a model that is not ours, naming the first field that says so."""
+def _refuse_others(path: Path, values: Mapping[str, Any], block: Mapping[str, Any]) -> None:
+    """Raises UserError for a model that is not ours, naming the first key that says so."""
 
-    def refuse(name: str, why: str = "is not supported"):
-        raise UserError(f"{path}: {name} {json.dumps(values[name])} {why}")
+    def refuse(key: str, why: str = "is not supported"):
+        raise UserError(f"{path}: {key} {keys.json_of(values[key])} {why}")
 
-    for name in _NEEDED:
-        if not isinstance(values.get(name), int):
-            raise UserError(f"{path}: has no number {name}")
-    for name in values:
-        if name not in _UNDERSTOOD | _HARMLESS and values[name] not in (None, False):
-            refuse(name, "is not understood, and could change the result")
-    for name in ("attention_bias", "mlp_bias"):
-        if values.get(name):
-            refuse(name)
-    if values["num_attention_heads"] % (values.get("num_key_value_heads") or values["num_attention_heads"]):
+    for key in ("attention_bias", "mlp_bias"):
+        if values.get(key):
+            refuse(key)
+    for key in ("qkv_bias", "use_qkv_bias", "qk_norm", "use_qk_norm"):
+        if values.get(key) not in (None, block[key.removeprefix("use_")]):
+            refuse(key, f"is not what {values['model_type']} models have")
+    heads, head_dim = values["num_attention_heads"], values.get("head_dim")
+    if heads % (values.get("num_key_value_heads") or heads):
         refuse("num_key_value_heads", "does not divide num_attention_heads")
-    if values.get("hidden_act", "silu") != "silu":
+    if not head_dim and values["hidden_size"] % heads:
+        refuse("hidden_size", f"is no multiple of num_attention_heads {heads}, and there is no head_dim")
+    if (head_dim or values["hidden_size"] // heads) % 2:
+        refuse("head_dim" if head_dim else "hidden_size", "makes heads of an odd width")
+    if values.get("hidden_act", "silu") not in _SILU:
         refuse("hidden_act")
-    if values.get("use_sliding_window") and values.get("max_window_layers", 0) < values["num_hidden_layers"]:
+    has_window = values.get("use_sliding_window") and values.get("sliding_window", True) is not None
+    if has_window and (values.get("max_window_layers") or 0) < values["num_hidden_layers"]:
         refuse("use_sliding_window", "in some of the layers is not supported")
-    if set(values.get("layer_types") or ()) - {layer_type}:
+    if set(values.get("layer_types") or ()) - {"sliding_attention" if block["sliding_window"] else "full_attention"}:
         refuse("layer_types")
 
 
 def _rope_fields(path: Path, values: Mapping[str, Any]) -> dict[str, Any]:
-    """Our fields of the rotary positions; older files name them apart, newer ones in rope_parameters."""
-    parts = [values.get(name) or {} for name in ("rope_scaling", "rope_parameters")]
-    if not all(isinstance(part, dict) for part in parts):
-        raise UserError(f"{path}: rope_scaling {json.dumps(parts[0] or parts[1])} is not an object")
-    rope = parts[0] | parts[1]
-    kind = rope.get("rope_type", rope.get("type", "default"))
+    """Our fields of the rotary positions."""
+    rope = _rope(path, values)
+    kind = rope.get("rope_type") or rope.get("type") or "default"
+    if kind not in _ROPE_NEEDS:
+        raise UserError(f"{path}: rope_scaling {keys.json_of(rope)} is not supported; kinds linear and llama3 are")
+    for key in _ROPE_NEEDS[kind]:
+        if rope.get(key) is None:
+            raise UserError(f"{path}: rope_scaling of kind {kind} has no {key}")
+    for key in sorted(rope.keys() - _ROPE_KINDS.keys()):
+        if rope[key] not in (None, False, _ROPE_NEUTRAL.get(key)) or rope[key] is True:
+            where = f"{path}: rope_scaling.{shown(key)} {keys.json_of(rope[key])}"
+            raise UserError(f"{where} is not understood, and could change the result")
     defaults = {field.name: field.default for field in dataclasses.fields(BackboneConfig)}
     fields = {name: value for name, value in defaults.items() if name.startswith("rope_")}
-    fields["rope_theta"] = float(rope.get("rope_theta", values.get("rope_theta") or 10_000.0))
-    known = _ROPE_FIELDS | (_LLAMA3_FIELDS if kind == "llama3" else set())
-    if kind not in ("default", "linear", "llama3") or any(rope[name] for name in rope.keys() - known):
-        raise UserError(f"{path}: rope_scaling {json.dumps(rope)} is not supported; kinds linear and llama3 are")
+    fields["rope_theta"] = float(rope.get("rope_theta") or values.get("rope_theta") or 10_000.0)
     if kind == "default":
         return fields
-    try:
-        fields |= {"rope_scaling": kind, "rope_factor": float(rope["factor"])}
-        if kind == "llama3":
-            fields["rope_low_freq_factor"] = float(rope["low_freq_factor"])
-            fields["rope_high_freq_factor"] = float(rope["high_freq_factor"])
-            fields["rope_original_max_seq_len"] = int(rope["original_max_position_embeddings"])
-    except KeyError as error:
-        raise UserError(f"{path}: rope_scaling of kind {kind} has no {error.args[0]}") from None
+    fields |= {"rope_scaling": kind, "rope_factor": float(rope["factor"])}
+    if kind == "llama3":
+        low, high = float(rope["low_freq_factor"]), float(rope["high_freq_factor"])
+        if low >= high:
+            raise UserError(f"{path}: rope_scaling.low_freq_factor {low} is not below high_freq_factor {high}")
+        fields |= {"rope_low_freq_factor": low, "rope_high_freq_factor": high}
+        fields["rope_original_max_seq_len"] = rope["original_max_position_embeddings"]
     return fields
+
+
+def _rope(path: Path, values: Mapping[str, Any]) -> dict[str, Any]:
+    """What a config.json says of rotary positions: older files in rope_scaling, newer ones in rope_parameters."""
+    rope = {}
+    for name in ("rope_scaling", "rope_parameters"):
+        for key, value in (values.get(name) or {}).items():
+            if key in _ROPE_KINDS:
+                keys.check_kind(path, f"{name}.{key}", value, _ROPE_KINDS[key])
+            if rope.setdefault(key, value) != value:
+                raise UserError(f"{path}: rope_scaling and rope_parameters have different values of {shown(key)}")
+    return rope
 
 
 def _rope_scaling(config: BackboneConfig) -> dict[str, Any] | None:

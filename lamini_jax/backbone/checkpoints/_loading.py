@@ -1,7 +1,7 @@
 """Parameters put together on the devices tensor by tensor, whatever the format they are read from."""
 
 import gc
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -28,16 +28,25 @@ def whole_shapes(config: BackboneConfig) -> Any:
     return jax.eval_shape(transformer.join_layers, split_shapes(transformer.Decoder(config, 1)))
 
 
+def parts(config: BackboneConfig, shapes: Any) -> Iterator[tuple[str, int | None, tuple[int, ...]]]:
+    """Everything that `load` opens."""
+    for path, leaf in flatten_dict(shapes).items():
+        name, first = _place(config, path, leaf)
+        if first is None:
+            yield name, None, leaf.shape
+        else:
+            yield from ((name, first + row, leaf.shape[1:]) for row in range(leaf.shape[0]))
+
+
 def load(config: BackboneConfig, shapes: Any, open_tensor: OpenTensor) -> transformer.Params:
     """Parameters of these shapes, each part read where it is kept; the host never holds more than one tensor twice."""
     axes_of, params = flatten_dict(transformer.axes(config, shapes)), {}
     for path, leaf in flatten_dict(shapes).items():
         axes = sharding.divisible_axes(axes_of[path], leaf.shape)
-        part, in_layers, name = "/".join(path).rpartition("layers/")
-        if not in_layers:
+        name, first = _place(config, path, leaf)
+        if first is None:
             params[path] = _array(open_tensor(name, None, leaf.shape), leaf.shape, leaf.dtype, axes)
             continue
-        first = config.num_layers - leaf.shape[0] if part == "suffix_" else 0
         stack = sharding.zeros(leaf.shape, leaf.dtype, axes)
         for row in range(leaf.shape[0]):
             read = open_tensor(name, first + row, leaf.shape[1:])
@@ -48,6 +57,14 @@ def load(config: BackboneConfig, shapes: Any, open_tensor: OpenTensor) -> transf
             gc.collect(0)  # jax lets go of the host's memory behind an array when it is next called, or here
         params[path] = stack
     return unflatten_dict(params)
+
+
+def _place(config: BackboneConfig, path: tuple[str, ...], leaf: Any) -> tuple[str, int | None]:
+    """The name of a parameter ("q_proj/weight"), and of a stack of layers the first; None: it is in no layer."""
+    part, in_layers, name = "/".join(path).rpartition("layers/")
+    if not in_layers:
+        return name, None
+    return name, config.num_layers - leaf.shape[0] if part == "suffix_" else 0
 
 
 def _array(read: ReadPart, shape: tuple[int, ...], dtype, axes: sharding.Names) -> jax.Array:

@@ -4,42 +4,33 @@ Which models they may be, `families` says.
 """
 
 import dataclasses
+import functools
+import json
 import os
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from flax.traverse_util import flatten_dict
+from absl import logging
 from safetensors.numpy import save_file
 
-from lamini_jax.backbone import json_file, tokenizer, transformer
-from lamini_jax.backbone.checkpoints import _config_json, _loading, _safetensors
+from lamini_jax.backbone import tokenizer, transformer
+from lamini_jax.backbone.checkpoints import _config_json, _fingerprint, _loading, _names, _safetensors
+from lamini_jax.backbone.checkpoints._names import EMBEDDING, HEAD
+from lamini_jax.backbone.checkpoints._safetensors import Tensor
+from lamini_jax.backbone.json_file import one_line, shown
 from lamini_jax.backbone.tokenizer import CheckpointTokenizer
-from lamini_jax.backbone.transformer import LINEAR_LAYERS, Params
+from lamini_jax.backbone.transformer import Params
 from lamini_jax.config import BackboneConfig
 from lamini_jax.errors import UserError
 
-# Our names of parameters -> those of the files, for what is there once and for what each layer has.
-_GLOBAL_NAMES = {
-    "embedding": "model.embed_tokens.weight",
-    "final_norm/scale": "model.norm.weight",
-    "unembedding/weight": "lm_head.weight",
-}
-_LAYER_NAMES = {
-    "attention_norm/scale": "input_layernorm.weight",
-    "mlp_norm/scale": "post_attention_layernorm.weight",
-    "q_norm/scale": "self_attn.q_norm.weight",
-    "k_norm/scale": "self_attn.k_norm.weight",
-    **{
-        f"{name}/{part}": f"{layer.half}.{name}.{part}"
-        for name, layer in LINEAR_LAYERS.items()
-        for part in ("weight", "bias")
-    },
-}
-# What of a repository on the Hub is needed; never weights that are pickles.
-_FILES = ("*.json", "*.jinja", "*.safetensors")
-_DTYPES = ("F32", "F16", "BF16", "F64")
+# What of a repository on the Hub is needed; never weights that are pickles, nor the same weights under other names.
+_FILES = ("*.json", "*.jinja", "model*.safetensors")
+# What belongs to a checkpoint beside its weights and its tokenizer, by the beginnings of names.
+_PAPERS = ("config.json", "LICENSE", "NOTICE", "USE_POLICY")
+_ROWS_AT_ONCE = 1024
 
 
 def recognizes(path: str) -> bool:
@@ -48,25 +39,27 @@ def recognizes(path: str) -> bool:
 
 
 def resolve(asked: BackboneConfig) -> BackboneConfig:
-    """The config with everything that the checkpoint at its path decides.
+    """The config with everything that the checkpoint at its path decides; a directory's path becomes absolute.
 
     Raises UserError for a checkpoint that is not understood, and for a field that was set to something else.
     """
-    path = locate(asked.path) / "config.json"
+    directory = locate(asked.path)
+    path = directory / "config.json"
     fields, longest = _config_json.read(path)
+    fields["tied_embeddings"] = _is_tied(directory, fields["tied_embeddings"])
     for field in dataclasses.fields(asked):
         wanted = getattr(asked, field.name)
         if field.name in fields and wanted not in (field.default, fields[field.name]):
             raise UserError(f"--config.backbone.{field.name}={wanted}: {path} says {fields[field.name]}")
     if longest is not None and asked.max_seq_len > longest:
         raise UserError(f"--config.backbone.max_seq_len={asked.max_seq_len}: {path} allows {longest}")
-    return dataclasses.replace(asked, **fields)
+    local = _local(asked.path)
+    return dataclasses.replace(asked, **fields, path=asked.path if local is None else str(local))
 
 
 def load_split(decoder: transformer.Decoder) -> Params:
     """The parameters split as the decoder is, on the devices. Raises UserError if config.json says something else."""
-    if resolve(decoder.config) != decoder.config:
-        raise UserError(f"--config.backbone.path={decoder.config.path}: its config.json is not what it was")
+    _check_unchanged(decoder.config)
     return _load(decoder.config, _loading.split_shapes(decoder))
 
 
@@ -78,104 +71,130 @@ def load_whole(path: str, dtype: str, max_seq_len: int) -> tuple[BackboneConfig,
 
 def load_tokenizer(config: BackboneConfig) -> CheckpointTokenizer:
     """The tokenizer beside the weights. Raises UserError if it is missing, damaged or larger than the vocabulary."""
-    return tokenizer.load(locate(config.path), config.vocab_size)
+    return tokenizer.load(locate(config.path), config.vocab_size, config.system)
 
 
 def fingerprint(path: str) -> str:
-    """A short name for the weights, however they are spread over files."""
-    return _safetensors.fingerprint(weight_files(locate(path)))
+    """A short name for the weights, however they are spread over files and whatever the format of their numbers."""
+    return _fingerprint.fingerprint(_safetensors.open_tensors(_safetensors.find(locate(path))))
+
+
+def export(config: BackboneConfig, directory: Path) -> None:
+    """Copies what the checkpoint consists of: config, weights and tokenizer as they are, and the license.
+
+    Raises UserError if config.json says something else than `config`.
+    """
+    _check_unchanged(config)
+    source = locate(config.path)
+    files = _safetensors.find(source)
+    for path in [*files, *(path for path in source.iterdir() if path.name.startswith(_PAPERS))]:
+        if path.is_file():
+            shutil.copyfile(path, directory / path.name)
+    if [path.name for path in files] != [_safetensors.SINGLE]:
+        index = json.dumps(_safetensors.index_of(files), indent=1)
+        (directory / _safetensors.INDEX).write_text(index + "\n")
+    load_tokenizer(config).save(directory)
 
 
 def locate(path: str) -> Path:
     """The directory of a checkpoint; a name on the Hub is downloaded. Raises UserError if there is none."""
-    if os.path.isdir(path):
-        return Path(path)
+    directory = _local(path)
+    if directory is not None:
+        return directory
+    missing = f"--config.backbone.path={path if path.isprintable() else repr(path)}: no such directory"
+    moved = "where the backbone of a memory has moved, give --backbone=DIR to ask and export"
     if os.path.exists(path) or not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", path):
-        raise UserError(f"--config.backbone.path={path}: no such directory")
+        raise UserError(f"{missing}; {moved}")
     try:
         from huggingface_hub import errors, snapshot_download
     except ImportError:
-        message = f"--config.backbone.path={path}: no such directory; pip install -e .[hf] to look for it on the Hub"
-        raise UserError(message) from None
+        raise UserError(f"{missing}; pip install -e .[hf] to look for it on the Hub") from None
     try:
         return Path(snapshot_download(path, allow_patterns=list(_FILES)))
     except (OSError, ValueError, errors.HfHubHTTPError, errors.LocalEntryNotFoundError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(f"--config.backbone.path={path}: no such directory, nor on the Hub ({reason})") from None
+        reason = one_line(error)[:300]
+        raise UserError(f"{missing}, nor on the Hub ({reason})") from None
 
 
-def weight_files(directory: Path) -> list[Path]:
-    """The safetensors files of a checkpoint. Raises UserError if one is missing, or if there are pickles alone."""
-    index, single = directory / "model.safetensors.index.json", directory / "model.safetensors"
-    if not index.exists():
-        if single.exists():
-            return [single]
-        pickles = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth") for p in directory.glob(pattern))
-        if pickles:
-            raise UserError(
-                f"{directory / pickles[0]}: is a pickle, which can run code when it is read; "
-                "convert it to safetensors where you trust it"
-            )
-        raise UserError(f"{single}: no such file")
-    weight_map = json_file.read(index).get("weight_map")
-    if not isinstance(weight_map, dict):
-        raise UserError(f"{index}: has no weight_map")
-    files = [directory / name for name in sorted(set(weight_map.values()))]
-    for path in files:
-        if not path.exists():
-            raise UserError(f"{path}: no such file, but {index.name} names it; download it again")
-    return files
-
-
-def save_backbone(directory: Path, config: BackboneConfig, params: Params) -> None:
+def save_backbone(directory: Path, config: BackboneConfig, params: Params, **token_ids: int) -> None:
     """Writes whole parameters as a checkpoint that `load_whole` and other libraries read.
 
-    Raises UserError for a config that no checkpoint of its family has.
+    `token_ids` are special tokens for its config.json: `eos_token_id=2`. Raises UserError for a config that no
+    checkpoint of its family has.
     """
-    flat = {"/".join(path): leaf for path, leaf in flatten_dict(params).items()}
-    tensors = {_tensor_name(key): _to_file(key, flat[key]) for key in _GLOBAL_NAMES if key in flat}
-    for key in _LAYER_NAMES:
-        for number, layer in enumerate(flat.get(f"layers/{key}", ())):
-            tensors[_tensor_name(key, number)] = _to_file(key, layer)
+    tensors = dict(_names.to_files(params))
     directory.mkdir(parents=True, exist_ok=True)
-    _config_json.write(directory / "config.json", config)
-    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+    _config_json.write(directory / "config.json", config, **token_ids)
+    save_file(tensors, directory / _safetensors.SINGLE, metadata={"format": "pt"})
+
+
+def _local(path: str) -> Path | None:
+    """The absolute path of a directory, `~` as the shell has it; None if there is no such directory."""
+    path = os.path.expanduser(path)
+    return Path(os.path.abspath(path)) if os.path.isdir(path) else None
+
+
+def _check_unchanged(config: BackboneConfig) -> None:
+    if dataclasses.replace(resolve(config), path=config.path) != config:
+        raise UserError(f"--config.backbone.path={config.path}: its config.json is not what it was")
 
 
 def _load(config: BackboneConfig, shapes: Any) -> Params:
-    """Parameters of these shapes from the checkpoint at `config.path`."""
+    """Parameters of these shapes from the checkpoint at `config.path`; what is there is compared before it is read."""
     directory = locate(config.path)
-    files = map(_safetensors.open_file, weight_files(directory))
-    file_of = {name: file for file in files for name in file.keys()}  # noqa: SIM118 (not a dict)
-    unread = set(file_of)
+    tensors = _safetensors.open_tensors(_safetensors.find(directory))
+    unread = set(tensors) - ({HEAD} if config.tied_embeddings else set())
 
     def open_tensor(key: str, layer: int | None, shape: tuple[int, ...]) -> _loading.ReadPart:
-        name, transposed = _tensor_name(key, layer), _is_transposed(key)
-        if name not in file_of:
+        name, transposed = _names.tensor_name(key, layer), _names.is_transposed(key)
+        if config.tied_embeddings and name == EMBEDDING and name not in tensors:
+            name = HEAD  # of two tensors that are one, either may have been left out
+        if name not in tensors:
             raise UserError(f"{directory}: has no tensor {name}")
         unread.discard(name)
-        tensor, expected = file_of[name].get_slice(name), list(shape[::-1] if transposed else shape)
-        if tensor.get_shape() != expected or tensor.get_dtype() not in _DTYPES:
-            found = f"is {tensor.get_dtype()} of shape {tensor.get_shape()}"
-            raise UserError(f"{directory}: tensor {name} {found}; expected shape {expected}, in {', '.join(_DTYPES)}")
+        tensor, expected = tensors[name], shape[::-1] if transposed else shape
+        if tensor.shape != expected or tensor.dtype not in _safetensors.DTYPES:
+            wanted = f"expected shape {list(expected)}, in {', '.join(_safetensors.DTYPES)}"
+            raise UserError(f"{tensor.file}: tensor {name} is {tensor.dtype} of shape {list(tensor.shape)}; {wanted}")
         return lambda index: tensor[index[::-1]].T if transposed else tensor[index]
 
-    params = _loading.load(config, shapes, open_tensor)
-    unread -= {name for name in unread if name.endswith("rotary_emb.inv_freq")}
-    unread -= {_tensor_name("unembedding/weight")} if config.tied_embeddings else set()
+    for part in _loading.parts(config, shapes):
+        open_tensor(*part)
     if unread:
-        raise UserError(f"{directory}: tensor {min(unread)} is not understood, and could change the result")
-    return params
+        name = min(unread)
+        where = f"{tensors[name].file}: tensor {shown(name)}"
+        raise UserError(f"{where} is not understood, and could change the result")
+    return _loading.load(config, shapes, open_tensor)
 
 
-def _tensor_name(key: str, layer: int | None = None) -> str:
-    return _GLOBAL_NAMES[key] if layer is None else f"model.layers.{layer}.{_LAYER_NAMES[key]}"
+def _is_tied(directory: Path, flag: bool) -> bool:
+    """Whether the head is the embedding: what is stored decides where both are, and config.json's flag elsewhere.
+
+    So it is in transformers 5 (`PreTrainedModel.tie_weights`: "both are present in the checkpoints with different
+    values, so we will NOT tie them"); up to version 4 the flag decided. A head with the embedding's values is the
+    embedding, so that the model is the same however it was saved.
+    """
+    if not any(directory.glob("*.safetensors")):
+        return flag  # `_load` says so, where weights are needed
+    tensors = _safetensors.open_tensors(_safetensors.find(directory))
+    if HEAD not in tensors or EMBEDDING not in tensors:
+        return flag
+    same = _are_equal(tensors[HEAD], tensors[EMBEDDING])
+    if flag and not same:
+        _warn_of_own_head(directory)
+    return same
 
 
-def _is_transposed(key: str) -> bool:
-    """Whether files have it as (output, input)."""
-    return key.endswith("/weight")
+def _are_equal(first: Tensor, second: Tensor) -> bool:
+    """Whether two tensors have the same values, whatever their formats; read until they differ."""
+    if first.shape != second.shape or not first.shape:
+        return False
+    count = first.shape[0]
+    parts = (slice(start, min(start + _ROWS_AT_ONCE, count)) for start in range(0, count, _ROWS_AT_ONCE))
+    return all(np.array_equal(first[part], second[part]) for part in parts)
 
 
-def _to_file(key: str, leaf) -> np.ndarray:
-    return np.ascontiguousarray(np.asarray(leaf).T if _is_transposed(key) else np.asarray(leaf))
+@functools.cache
+def _warn_of_own_head(directory: Path) -> None:
+    message = "%s: tie_word_embeddings is true, but %s differs from %s; that head is used, as in transformers 5"
+    logging.warning(message, directory / "config.json", HEAD, EMBEDDING)

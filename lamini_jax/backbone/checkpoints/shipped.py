@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from lamini_jax.backbone import transformer
-from lamini_jax.backbone.checkpoints import _safetensors
+from lamini_jax.backbone.checkpoints import _fingerprint, _names, huggingface
 from lamini_jax.backbone.tokenizer import ByteTokenizer
 from lamini_jax.backbone.transformer import Params
 from lamini_jax.config import BackboneConfig
@@ -30,6 +30,8 @@ def recognizes(path: str) -> bool:
 def resolve(asked: BackboneConfig) -> BackboneConfig:
     """The config as it is. Raises UserError if it is not the shipped backbone's, whatever its dtype."""
     config, _ = load()
+    if asked.system:
+        raise UserError("--config.backbone.system: the backbone that ships reads questions alone; leave it empty")
     for field in dataclasses.fields(config):
         wanted, given = getattr(asked, field.name), getattr(config, field.name)
         if wanted != given and field.name != "dtype":
@@ -56,8 +58,19 @@ def load_tokenizer(config: BackboneConfig) -> ByteTokenizer:
 
 
 def fingerprint(path: str) -> str:
-    """A short name for the weights."""
-    return _safetensors.fingerprint([PATH])
+    """A short name for the weights, which their export to Hugging Face format has too."""
+    return _fingerprint.fingerprint(dict(_names.to_files(load()[1])))
+
+
+def export(config: BackboneConfig, directory: Path) -> None:
+    """Writes it in Hugging Face format with its tokenizer, for other libraries to read."""
+    tokens = {
+        "bos_token_id": ByteTokenizer.begin_id,
+        "eos_token_id": ByteTokenizer.stop_id,
+        "pad_token_id": ByteTokenizer.pad_id,
+    }
+    huggingface.save_backbone(directory, *load(), **tokens)
+    ByteTokenizer().save(directory)
 
 
 def load() -> tuple[BackboneConfig, Params]:

@@ -6,7 +6,7 @@ from typing import Any
 from lamini_jax.config import BackboneConfig
 
 ARCHITECTURE = "Qwen2ForCausalLM"
-DEFAULTS = {"num_key_value_heads": 32}
+DEFAULTS = {"num_key_value_heads": 32, "max_window_layers": 28}
 
 
 def block_fields(values: Mapping[str, Any]) -> dict[str, Any]:

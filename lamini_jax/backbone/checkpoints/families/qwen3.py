@@ -6,7 +6,7 @@ from typing import Any
 from lamini_jax.config import BackboneConfig
 
 ARCHITECTURE = "Qwen3ForCausalLM"
-DEFAULTS = {"num_key_value_heads": 32, "head_dim": 128}
+DEFAULTS = {"num_key_value_heads": 32, "max_window_layers": 28, "head_dim": 128}
 
 
 def block_fields(values: Mapping[str, Any]) -> dict[str, Any]:
