@@ -21,7 +21,7 @@ from lamini_jax.errors import UserError
 from lamini_jax.evaluation import recall
 from lamini_jax.memory import storage
 from lamini_jax.memory.storage import StoredMemory
-from lamini_jax.runtime import processes, workdir
+from lamini_jax.runtime import checkpointing, processes, workdir
 
 Facts = str | os.PathLike | Iterable[Fact | Mapping[str, Any]]
 
@@ -89,7 +89,8 @@ class Source:
         if path is None:
             return self
         known = self.config.backbone
-        found = checkpoints.resolve(BackboneConfig(path=path, max_seq_len=known.max_seq_len, dtype=known.dtype))
+        free = {name: getattr(known, name) for name in ("max_seq_len", "dtype", "system")}
+        found = checkpoints.resolve(BackboneConfig(path=path, **free))
         if dataclasses.replace(found, path=known.path) != known:
             raise UserError(f"--backbone={path}: this memory was made for another backbone, of another shape")
         return dataclasses.replace(self, config=dataclasses.replace(self.config, backbone=found))
@@ -107,7 +108,8 @@ class Source:
         if self.is_export:
             stored = storage.load_export(self.config, self.directory)
         else:
-            stored = storage.load_run(self.config, self.directory / "checkpoints")
+            step = json.loads((self.directory / "results.json").read_text()).get("step")
+            stored = storage.load_run(self.config, self.directory / "checkpoints", step)
         if lookup is not None:
             stored = dataclasses.replace(stored, router=stored.router.replace(lookup=lookup))
         return Memory(self.config, model, stored)
@@ -155,6 +157,7 @@ class TuneResult:
     certified: int
     epochs: int
     seconds: float
+    step: int  # of the checkpoint that this describes
 
 
 def tune(facts: Facts, directory: str | os.PathLike, config: Config | None = None) -> TuneResult:
@@ -170,10 +173,14 @@ def tune(facts: Facts, directory: str | os.PathLike, config: Config | None = Non
     config = configure(to_config_dict(config or tiny()))
     facts = read_facts(facts, config)
     model = frozen_model.load(config)
-    directory = workdir.open_workdir(directory, run_identity(config, facts))
+    where = {"backbone": config.backbone.path}
+    directory = workdir.open_workdir(directory, run_identity(config, facts, model.fingerprint), where)
     previous = directory / "results.json"
-    if previous.exists() and (result := TuneResult(**json.loads(previous.read_text()))).holding == len(facts):
-        return result
+    if previous.exists():
+        result = TuneResult(**json.loads(previous.read_text()))
+        newest = checkpointing.Checkpoints(directory / "checkpoints").latest_step()
+        if result.holding == len(facts) and result.step == newest:
+            return result
     started, title = time.time(), f"tuning {len(facts)} facts"
     run = training.memory_run(config, model, facts, directory / "checkpoints", title, until_all_hold=True)
     tuned = run.result()
@@ -186,6 +193,7 @@ def tune(facts: Facts, directory: str | os.PathLike, config: Config | None = Non
         certified=int(tuned.certified_F.sum()),
         epochs=tuned.progress.epoch,
         seconds=round(time.time() - started, 1),
+        step=tuned.progress.steps,
     )
     workdir.write_json(previous, dataclasses.asdict(result))
     return result
@@ -201,11 +209,11 @@ def read_facts(facts: Facts, config: Config) -> list[Fact]:
     return facts_lib.from_records("facts", records, *arguments)
 
 
-def run_identity(config: Config, facts: Sequence[Fact]) -> dict[str, Any]:
-    """What a work directory is bound to: the facts and everything but the budget of epochs, which may be raised."""
+def run_identity(config: Config, facts: Sequence[Fact], weights: str) -> dict[str, Any]:
+    """What a work directory is bound to: facts, weights, and all settings but the budget of epochs."""
     values = identity(config)
     del values["tuning"]["epochs"]
-    return {"config": values, "facts": facts_lib.fingerprint(facts)}
+    return {"config": values, "facts": facts_lib.fingerprint(facts), "weights": weights}
 
 
 def _write_recall(path: Path, tuned, recalled_F: np.ndarray, generated: Sequence[str]) -> None:

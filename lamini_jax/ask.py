@@ -51,6 +51,8 @@ def main() -> None:
         asking.file(_QUESTIONS.value, _OUTPUT.value)
     elif _QUESTION.value is not None:
         asking.one(_QUESTION.value)
+    elif sys.stdin is None:
+        raise UserError("the standard input is closed; give --question or --questions")
     else:
         asking.lines(sys.stdin.buffer)
 

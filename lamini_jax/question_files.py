@@ -2,8 +2,8 @@
 
 import dataclasses
 import json
+import sys
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
 from lamini_jax.api import Answer, Memory, Source
@@ -11,6 +11,8 @@ from lamini_jax.backbone import checkpoints
 from lamini_jax.data import facts
 from lamini_jax.errors import UserError
 from lamini_jax.runtime import processes, workdir
+
+_DETAILS = ("probability", "trained_experts", "expert_ids")  # what --details adds to a line of answers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,29 +31,41 @@ class Asking:
         self._print(self.source.load(self.lookup), question, self.seed)
 
     def lines(self, lines: Iterable[bytes]) -> None:
-        """Prints the answer to each line; blank ones are skipped."""
-        memory = self.source.load(self.lookup)
+        """Prints the answer to each line; blank ones are skipped. Raises UserError at the end if some had none."""
+        memory, refused = self.source.load(self.lookup), 0
         for number, line in enumerate(lines, 1):
             where = f"standard input, line {number}"
             try:
                 question = line.decode().rstrip("\r\n")
+                if question.strip():
+                    self._check(question, where)
+                    self._print(memory, question, self.seed + number)
             except UnicodeDecodeError as error:
-                raise UserError(f"{where}: is not UTF-8 (byte {error.start + 1})") from None
-            if question.strip():
-                self._check(question, where)
-                self._print(memory, question, self.seed + number)
+                print(f"{where}: is not UTF-8 (byte {error.start + 1})", file=sys.stderr)
+                refused += 1
+            except UserError as error:
+                print(error, file=sys.stderr)
+                refused += 1
+        if refused:
+            raise UserError(f"{refused} of {number} lines of the standard input were not answered, as said above")
 
     def file(self, questions: str, output: str) -> None:
         """Writes each object of a JSONL file with its answer added to it."""
         config = self.source.config.backbone
         records = facts.read_questions(questions, checkpoints.load_tokenizer(config), config.max_seq_len)
-        if not Path(output).absolute().parent.is_dir():
-            raise UserError(f"--output={output}: its directory does not exist")
+        added = ("generated", *(_DETAILS if self.details else ()))
+        for number, record in enumerate(records, 1):
+            for name in added:
+                if name in record:
+                    where = f"{questions}, question {number}"
+                    raise UserError(f'{where}: has a field "{name}", which the answer needs; rename it')
+        workdir.check_output("output", output)
         memory = self.source.load(self.lookup)
         answers = memory.ask([record["question"] for record in records], None, self.temperature, self.seed)
         lines = []
         for record, answer in zip(records, answers, strict=True):
-            lines.append(json.dumps({**record, "generated": answer.text, **self._details(answer)}))
+            added = {"generated": answer.text, **self._details(answer)}
+            lines.append(json.dumps({**record, **added}, ensure_ascii=False))
         workdir.write_text(output, "\n".join(lines) + "\n")
         processes.print_once(f"{len(lines)} answers in {output}")
 
@@ -76,5 +90,5 @@ class Asking:
     def _details(self, answer: Answer) -> dict[str, Any]:
         if not self.details:
             return {}
-        fields = {"trained_experts": answer.trained_experts, "expert_ids": answer.experts}
-        return {"probability": answer.probability, **fields}
+        values = answer.probability, answer.trained_experts, answer.experts
+        return dict(zip(_DETAILS, values, strict=True))

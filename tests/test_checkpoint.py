@@ -261,7 +261,7 @@ def test_two_checkpoints_are_kept(tmp_path):
         checkpoints.save(step, {"a": jnp.full(2, step)}, {"b": np.zeros(1)}, {})
     checkpoints.save(5, {"a": jnp.zeros(2)}, {"b": np.zeros(1)}, {})  # saved already
     checkpoints.close()
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["4", "5"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["4", "5", "manifest-4.json", "manifest-5.json"]
     assert latest(tmp_path).tables["a"][0].tolist() == [5, 5]
 
 

@@ -68,6 +68,18 @@ def exported(run):
     return output, moved
 
 
+def test_a_checkpoint_that_has_moved(run, tmp_path):
+    """The weights decide what a work directory belongs to, and not where they are."""
+    moved, workdir = shutil.copytree(run.checkpoint, tmp_path / "moved"), shutil.copytree(run.workdir, tmp_path / "run")
+    budget = ["--config.backbone.max_seq_len=80", "--config.tuning.epochs=300"]
+    flags = [f"--facts={run.facts}", f"--workdir={workdir}", f"--config.backbone.path={moved}", *budget, *FLAGS]
+    result = call("tune", *flags)
+    assert result.returncode == 0 and result.stdout.startswith("3 of 3 facts recalled exactly"), result.stderr
+    assert json.loads((workdir / "config.json").read_text())["where"] == {"backbone": str(moved)}
+    result = call("ask", f"--workdir={workdir}", f"--question={FACTS[2].question}")
+    assert (result.returncode, result.stdout) == (0, FACTS[2].answer + "\n"), result.stderr
+
+
 def ask_file(output, *flags):
     """The answers to the questions of all facts and one more, from a file."""
     questions = output.with_name("questions.jsonl")
@@ -146,10 +158,13 @@ def test_samples_are_a_matter_of_the_seed(run):
 def test_an_adapter(run, tmp_path):
     output = tmp_path / "adapter"
     result = call("export", run.flag, f"--output={output}", "--format=peft", f"--question={FACTS[0].question}")
-    assert (result.returncode, result.stdout) == (0, f"32 experts as a LoRA adapter in {output}\n"), result
+    said = f"32 experts as a LoRA adapter (for vLLM: --max-lora-rank 32) in {output}\n"
+    assert (result.returncode, result.stdout) == (0, said), result
     described = json.loads((output / "adapter_config.json").read_text())
     assert (described["r"], described["target_modules"]) == (32, ["down_proj"])
-    assert set(path.name for path in output.iterdir()) == {"adapter_config.json", "adapter_model.safetensors"}
+    assert described["base_model_name_or_path"] == str(run.checkpoint)
+    names = {"adapter_config.json", "adapter_model.safetensors", "README.md"}
+    assert set(path.name for path in output.iterdir()) == names
 
 
 def test_the_backbone_that_ships(tmp_path):

@@ -3,8 +3,10 @@
 import configparser
 import importlib.metadata
 import os
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import helpers
 import pytest
@@ -109,6 +111,12 @@ def test_what_main_raises(call):
     result = call("--workdir=interrupt")
     assert (result.returncode, result.stderr) == (130, "interrupted\n")
     result = call("--workdir=bug")
+    assert result.returncode == 1 and result.stderr.count("\n") == 1
+    line = re.fullmatch(r"error: unexpected ZeroDivisionError: .*; please report it with (\S+) .*\n", result.stderr)
+    kept = Path(line[1]).read_text()
+    assert "Traceback" in kept and "raise ZeroDivisionError" in kept and "--workdir=bug" in kept
+    Path(line[1]).unlink()
+    result = call("--workdir=bug", "--traceback")
     assert result.returncode == 1 and "Traceback" in result.stderr and "ZeroDivisionError" in result.stderr
 
 

@@ -4,6 +4,7 @@ import codecs
 import dataclasses
 import hashlib
 import json
+import math
 import string
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -134,16 +135,32 @@ def _records(path: str, example: str) -> Iterator[tuple[int, dict[str, Any]]]:
 
 
 def _record(line: bytes, where: str, example: str) -> dict[str, Any]:
+    def refuse(what: str):
+        raise UserError(f"{where}: {what}; write it like {example}")
+
+    def checked(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        names = [name for name, _ in pairs]
+        for name in names:
+            if names.count(name) > 1:
+                refuse(f"has the key {json.dumps(name)} {names.count(name)} times")
+        return dict(pairs)
+
+    def finite(text: str) -> float:
+        value = float(text)
+        return value if math.isfinite(value) else refuse(f"has {text}, which is no number that JSON can hold")
+
     try:
-        value = json.loads(line.decode("utf-8"))
+        text = line.decode("utf-8")
+        options = {"object_pairs_hook": checked, "parse_float": finite}
+        value = json.loads(text, **options, parse_constant=lambda name: refuse(f"has {name}, which is not JSON"))
     except UnicodeDecodeError as error:
-        raise UserError(f"{where}: is not UTF-8 (byte {error.start + 1}); save the file as UTF-8") from error
+        raise UserError(f"{where}: is not UTF-8 (byte {error.start + 1}); save the file as UTF-8") from None
     except json.JSONDecodeError as error:
-        raise UserError(f"{where}: is not JSON ({error.msg}, column {error.colno}); write it like {example}") from error
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{where}: nests too deeply or has too long a number; write it like {example}") from error
+        raise UserError(f"{where}: is not JSON ({error.msg}, column {error.colno}); write it like {example}") from None
+    except (ValueError, RecursionError):
+        raise UserError(f"{where}: nests too deeply or has too long a number; write it like {example}") from None
     if not isinstance(value, dict):
-        raise UserError(f"{where}: is not a JSON object; write it like {example}")
+        refuse(f"is {'an array' if isinstance(value, list) else 'a value'} and not a JSON object")
     return value
 
 

@@ -47,14 +47,19 @@ def run_config(directory: Path) -> Config:
     if not (directory / "results.json").is_file() or not path.is_file():
         message = "has no finished checkpoint; finish python -m lamini_jax.tune in it first"
         raise UserError(f"--workdir={directory}: {message}")
-    return _config(path, json.loads(path.read_text()))
+    description = json.loads(path.read_text())
+    description["config"]["backbone"]["path"] = description["where"]["backbone"]
+    return _config(path, description)
 
 
-def load_run(config: Config, directory: Path) -> StoredMemory:
-    """The memory in the checkpoints of a finished run."""
+def load_run(config: Config, directory: Path, step: int | None = None) -> StoredMemory:
+    """The memory in the newest checkpoint of a run. Raises UserError if there is none, or none of `step`."""
     saved = checkpointing.Checkpoints(directory).latest() if directory.is_dir() else None
     if saved is None:
         raise UserError(f"{directory}: has no finished checkpoint; finish python -m lamini_jax.tune first")
+    if step not in (None, saved.step):
+        missing = f"the checkpoint of step {step}, which results.json describes, is missing"
+        raise UserError(f"{directory}: {missing}; run python -m lamini_jax.tune again")
     saved_ids_S = saved.arrays["expert_ids_S"]
     ids_S = _padded(np.sort(saved_ids_S[saved_ids_S != EMPTY_SLOT]))
     shape = experts.expert_shape(config.backbone, config.memory)

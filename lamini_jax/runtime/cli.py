@@ -15,12 +15,19 @@ A command is a module that defines absl flags and hands its `main` over:
 lines or a traceback.
 """
 
+import contextlib
 import dataclasses
 import difflib
 import importlib.util
+import math
 import os
 import re
+import shlex
+import signal
 import sys
+import tempfile
+import time
+import traceback
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -30,8 +37,9 @@ from absl import flags
 from ml_collections import config_flags
 
 from lamini_jax import config as config_lib
-from lamini_jax.errors import UserError
+from lamini_jax.errors import BAD_INPUT, DEVICES, DOES_NOT_FIT, UserError
 
+flags.DEFINE_bool("traceback", False, "Shows the traceback of an unexpected error instead of writing it to a file.")
 # The flags defined here belong to the command that asks for them, so that its --help lists them.
 flags.disclaim_key_flags()
 
@@ -59,43 +67,96 @@ def define_processes() -> None:
 
 def start(mesh: config_lib.MeshConfig) -> None:
     """Joins the other processes, if there are any, and makes the mesh of all devices ambient."""
+    import jax
+
     from lamini_jax.runtime import processes, sharding
 
     f = flags.FLAGS
+    jax.config.update("jax_enable_x64", False)  # JAX_ENABLE_X64 would change every number
     if f.multihost:
         processes.start(f.coordinator, f.num_processes, f.process_id, f.join_timeout)
     elif f.coordinator or f.num_processes or f.process_id is not None:
         raise UserError("--coordinator, --num_processes and --process_id go with --multihost")
+    try:
+        jax.devices()
+    except (RuntimeError, AssertionError) as error:  # what jax says where JAX_PLATFORMS names a device that is not here
+        asked, reason = os.environ.get("JAX_PLATFORMS", ""), " ".join(str(error).split())[:200]
+        raise UserError(f"JAX_PLATFORMS={asked}: no such device can be used here {reason}".rstrip(), DEVICES) from None
     sharding.set_mesh(mesh)
 
 
 def run(main: Callable[[], int | None]) -> None:
     """Parses `sys.argv`, calls `main()` and exits with its status.
 
-    A bad flag, a leftover argument and a UserError become `error: MESSAGE` on stderr and status 2 (or the error's own);
-    an interrupt becomes one line and status 130. `--help` prints the command's docstring and flags.
+    Whatever goes wrong is one line on stderr and a status of `errors.py`: 2 for a bad flag, a leftover argument and a
+    UserError without another one. `--help` prints the command's docstring and flags.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if stream is not None:
+            stream.reconfigure(errors="backslashreplace")  # a terminal that cannot show a letter shows its number
     try:
         if {"--help", "-h"} & set(sys.argv[1:]):
             status = _print_help()
         else:
             _parse_flags(sys.argv)
             status = main()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        status = error.status
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        status = 130
-    except Exception as error:
-        from lamini_jax.runtime import processes  # here and below, so that a bad flag need not wait for jax
-
-        status = processes.lost_process_status(error)
-        if status is None:
-            raise
-    from lamini_jax.runtime import processes
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except BaseException as error:
+        status = _report(error)
+    from lamini_jax.runtime import processes  # here, so that a bad flag need not wait for jax
 
     processes.exit_process(status or 0)
+
+
+def _report(error: BaseException) -> int:
+    """Prints what went wrong as one line; the status."""
+    if isinstance(error, SystemExit):
+        return error.code if isinstance(error.code, int) else 1
+    if isinstance(error, BrokenPipeError):  # whoever reads has enough, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
+    if isinstance(error, KeyboardInterrupt):
+        message, status = "interrupted", 128 + signal.SIGINT
+    elif isinstance(error, UserError):
+        message, status = f"error: {_printable(str(error))}", error.status
+    else:
+        from lamini_jax.runtime import processes
+
+        status = processes.lost_process_status(error)
+        if status is not None:
+            return status
+        message, status = _explain(error)
+    print(message, file=sys.stderr)
+    return status
+
+
+def _printable(text: str) -> str:
+    """One line: what no terminal shows as it is, a line break in a path say, by its number."""
+    return "".join(letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in text)
+
+
+def _explain(error: BaseException) -> tuple[str, int]:
+    """The line for what no one foresaw, and its status; the traceback goes to a file unless --traceback shows it."""
+    text = " ".join(str(error).split())
+    if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in text:
+        asked = re.search(r"allocat\w* ([\d.]+ ?[KMGT]?i?B|\d+ bytes)", text)
+        missing = f" ({asked[1]} could not be had)" if asked else ""
+        return f"error: out of memory{missing}; take fewer experts or smaller batches", DOES_NOT_FIT
+    if isinstance(error, OSError) and sys.stdout is not None and error.filename is None:
+        with contextlib.suppress(OSError):
+            sys.stdout.close()
+        return f"error: the standard output cannot be written ({error.strerror})", BAD_INPUT
+    details = traceback.format_exc()
+    if flags.FLAGS.is_parsed() and flags.FLAGS.traceback:
+        return details.rstrip(), 1
+    directory = getattr(flags.FLAGS, "workdir", None) if flags.FLAGS.is_parsed() else None
+    directory = directory if directory and os.path.isdir(directory) else tempfile.gettempdir()
+    path = os.path.join(directory, f"traceback-{time.strftime('%Y%m%d-%H%M%S')}.txt")
+    with contextlib.suppress(OSError), open(path, "w") as file:
+        file.write(f"{shlex.join(sys.argv)}\n{details}")
+    what = f"{type(error).__name__}: {text}"[:300]
+    return f"error: unexpected {what}; please report it with {path} (--traceback shows it here)", 1
 
 
 def require(extra: str, *modules: str) -> None:
@@ -125,6 +186,9 @@ def _parse_flags(argv: list[str]) -> None:
         if error.name != "get_config":
             raise
         raise UserError("--config: the file does not define get_config()") from None
+    for flag in map(parser.__getitem__, parser):
+        if isinstance(flag.value, float) and not math.isfinite(flag.value):
+            raise UserError(f"--{flag.name}={flag.value}: must be a finite number")
     if leftover:
         raise UserError(f"unexpected argument {leftover[0]!r}: everything is given as --FLAG=VALUE")
     if "config" in parser and not isinstance(parser["config"].value, ml_collections.ConfigDict):

@@ -107,20 +107,22 @@ def barrier(name: str) -> None:
 
 @contextlib.contextmanager
 def preemption_guard():
-    """While it is entered, a SIGTERM does not end the process: `preempted` reports it."""
+    """While it is entered, a SIGTERM or Ctrl-C does not end the process: `preempted` reports it. A second one does."""
 
-    def remember(*_):
+    def remember(number, _):
         global _preempted
         _preempted = True
+        signal.signal(number, before[number])
+        if jax.process_count() > 1:  # jax watches for SIGTERM, and finds the step at which all processes can stop
+            os.kill(os.getpid(), signal.SIGTERM)
 
-    if jax.process_count() > 1:  # jax watches, and finds the step at which all processes can stop
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, remember)
+    watched = (signal.SIGINT,) if jax.process_count() > 1 else (signal.SIGTERM, signal.SIGINT)
+    before = {number: signal.signal(number, remember) for number in watched}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number in watched:
+            signal.signal(number, before[number])
 
 
 def preempted(step: int) -> bool:

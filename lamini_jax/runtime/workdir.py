@@ -5,6 +5,7 @@ import json
 import os
 import platform
 import secrets
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -24,15 +25,39 @@ def write_text(path: str | os.PathLike, text: str) -> None:
     """Writes a file, once for all processes, that is never seen half-written. Raises UserError if it cannot be."""
     if not processes.is_primary():
         return
-    path = Path(path)
+    path = Path(os.path.realpath(path))  # what a link leads to is replaced, and not the link
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
-        temporary.write_text(text)
+        if path.exists() and not path.is_file():  # a device or a pipe is written to
+            path.write_text(text, encoding="utf-8")
+            return
+        with open(temporary, "w", encoding="utf-8", newline="\n") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error.strerror})") from None
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def check_output(flag: str, path: str) -> None:
+    """Raises UserError if the file that a command will write at its end cannot be written."""
+    target = Path(os.path.realpath(path))
+    if target.is_dir():
+        raise UserError(f"--{flag}={path}: is a directory; name a file")
+    if not target.parent.is_dir():
+        raise UserError(f"--{flag}={path}: its directory does not exist")
+    replaced = target.parent if target.is_file() or not target.exists() else target
+    if not os.access(replaced, os.W_OK):
+        raise UserError(f"--{flag}={path}: cannot be written (no permission)")
+    try:
+        with tempfile.TemporaryFile(dir=target.parent) as probe:
+            probe.write(b"0" * 4096)
+    except OSError as error:
+        if target.is_file() or not target.exists():
+            raise UserError(f"--{flag}={path}: cannot be written ({error.strerror})") from None
 
 
 def environment() -> dict[str, str]:
@@ -42,23 +67,23 @@ def environment() -> dict[str, str]:
     return {"machine": f"{platform.machine()}, {os.cpu_count()} cores", "devices": devices, **versions}
 
 
-def open_workdir(workdir: str, identity: Mapping[str, Any]) -> Path:
+def open_workdir(workdir: str, identity: Mapping[str, Any], where: Mapping[str, str] | None = None) -> Path:
     """Returns the directory of a run, made if need be and bound to what the run depends on.
 
-    `identity` (the config as a dict, fingerprints of the data) is kept in its `config.json`. Raises UserError if the
-    directory cannot be used or if it belongs to a run with another identity.
+    `identity` (the config as a dict, fingerprints of the data) is kept in its `config.json`, beside `where` things are,
+    which may change. Raises UserError if the directory cannot be used or belongs to a run with another identity.
     """
     if not workdir:
         raise UserError("--workdir is empty: name a directory")
     directory = Path(workdir)
     saved_path = directory / "config.json"
-    identity = json.loads(json.dumps(identity))
+    identity, where = json.loads(json.dumps(identity)), dict(where or {})
     try:
         directory.mkdir(parents=True, exist_ok=True)
         if not os.access(directory, os.W_OK):
             raise UserError(f"--workdir={workdir}: not writable")
         if not saved_path.exists():
-            write_json(saved_path, identity)
+            write_json(saved_path, {**identity, "where": where})
         processes.barrier("workdir")
         saved = json.loads(saved_path.read_text())
     except (FileExistsError, NotADirectoryError):
@@ -67,12 +92,15 @@ def open_workdir(workdir: str, identity: Mapping[str, Any]) -> Path:
         raise UserError(f"--workdir={workdir}: {error.strerror}") from None
     except json.JSONDecodeError as error:
         raise UserError(f"{saved_path}: not JSON ({error}); remove {workdir} or use another --workdir") from None
+    found = saved.pop("where", None)
     if saved != identity:
         raise UserError(
             f"--workdir={workdir} holds a run that differs in {_differences(saved, identity)}; "
             "use another --workdir, or remove this one",
             OTHER_RUN,
         )
+    if found != where:
+        write_json(saved_path, {**identity, "where": where})
     return directory
 
 
