@@ -1,23 +1,24 @@
-"""Judging what was not tuned: TruthfulQA (MC1, MC2) and MMLU (5-shot), of a backbone and of one with memory.
+"""Standard benchmarks, on which nothing was tuned: TruthfulQA (MC1, MC2) and MMLU (5-shot), without and with memory.
 
     python -m experiments.benchmarks --workdir=runs/benchmarks --config.data.dir=DATA
     python -m experiments.benchmarks --workdir=runs/benchmarks_memory --config.data.dir=DATA --memory_workdir=DIR
 
-DATA holds TruthfulQA.csv and mmlu/{dev,test}/*.csv (`lamini_jax/data/benchmarks.py` says from where), DIR is one that
-`lamini_jax.tune` has finished with: its config is then taken for all but data and mesh, and the backbone is judged with
-its memory too. The score of a choice is the sum of its tokens' log-likelihoods, as in lm-evaluation-harness; each
-question selects its own experts. Started again, it goes on after the last benchmark that was finished.
+DATA holds TruthfulQA.csv and mmlu/{dev,test}/*.csv (`lamini_jax/data/benchmarks.py` says from where). DIR is the work
+directory of a finished `lamini_jax.tune`: then its config is used, except for data and execution, and the backbone is
+judged with its memory too. The score of a choice is the sum of its tokens' log-likelihoods, as in
+lm-evaluation-harness; each question selects its own experts. Started again, it continues after the last benchmark that
+was finished.
 
-Takes 5 minutes on 2 x86-64 cores that do other work too (jax 0.10.2), and twice that with a memory. Expect chance of
-the tiny backbone, before and after tuning 50 entries of a phone book:
+Takes 5 minutes on 2 x86-64 cores that do other work too (jax 0.10.2), and twice that with a memory. Expect the tiny
+backbone to be no better than chance, before and after tuning 50 entries of a phone book:
 
                 TruthfulQA MC1            MC2                       MMLU
     backbone    21.7% [19.0% to 24.7%]    49.3% [45.9% to 52.7%]    21.9% [20.4% to 23.4%]
     memory      21.7% [19.0% to 24.7%]    49.3% [45.9% to 52.7%]    21.8% [20.3% to 23.3%]
 
-Guessing has 22.7% in MC1, and 45.0% in MC2. Nor does this backbone know letters: whatever the question, it prefers A or
-D, which are right for 22.3% and 23.5%. Its context of 256 bytes is no fair test of MMLU: of 14,042 questions 2,840 fit
-without examples, 36 with one, and 11,166 do not fit; of TruthfulQA's 817, 6 do not.
+Guessing gets 22.7% in MC1, and 45.0% in MC2. In MMLU this backbone prefers A or D whatever the question; these are
+right for 22.3% and 23.5%. With its context of 256 bytes MMLU is no fair test: of 14,042 questions 2,840 fit without
+examples, 36 with one, and 11,166 do not fit; of TruthfulQA's 817, 6 do not.
 """
 
 import dataclasses
@@ -41,8 +42,8 @@ from lamini_jax.runtime import processes
 
 
 def define_flags() -> None:
-    flags.DEFINE_string("memory_workdir", None, "Directory that `lamini_jax.tune` has finished with.")
-    flags.DEFINE_integer("per_subject", None, "MMLU's first questions of each subject only.", lower_bound=1)
+    flags.DEFINE_string("memory_workdir", None, "Work directory of a finished `lamini_jax.tune`.")
+    flags.DEFINE_integer("per_subject", None, "Use only so many of MMLU's questions per subject.", lower_bound=1)
 
 
 def load_items(directory: str, per_subject: int | None) -> dict[str, list[MultipleChoice]]:
@@ -94,7 +95,7 @@ def main(arguments: study.Arguments) -> None:
         config = dataclasses.replace(tuned, data=data, execution=config.execution)
     model, started = frozen_model.load(config), time.time()
     identity = {"memory": memory_workdir, "items": {name: benchmarks.fingerprint(items[name]) for name in items}}
-    # Wherever the files are, what they hold is what counts.
+    # The fingerprints stand for the files' contents; where the files are does not matter.
     directory = study.open_study(arguments.workdir, dataclasses.replace(config, data=DataConfig()), model, **identity)
     judges = {"backbone": BARE}
     if memory_workdir:

@@ -1,18 +1,18 @@
-"""How much a memory holds: large sets of random numbers (the abstract, section 5), and what happens when it is full.
+"""How much a memory holds: large sets of random numbers (abstract, section 5), and what happens when it is full.
 
     python -m experiments.capacity --workdir=runs/capacity
     python -m experiments.capacity --workdir=runs/capacity --counts=20000
 
 Facts are entries of a phone book, ten random digits each, so log2(10^10) = 33.2 bits that nobody can guess. Sets of
---counts of them are memorized by the config's own memory. Then a hundred are memorized by smaller and smaller memories,
-and four hundred by a small one: as the load F*K/N (facts, experts selected by each, experts) rises, each expert has to
-serve more facts. Beside them stand dense LoRAs with as many trained parameters as two of these memories have. Tuning
-ends when every fact is certified and recalled, or with the budget of epochs.
+the sizes in --counts are memorized by the config's own memory. Then a hundred facts are memorized by smaller and
+smaller memories, and four hundred by a small one: as the load F*K/N (facts times experts selected by each, per expert)
+rises, each expert has to serve more facts. Dense LoRAs with as many trained parameters as two of these memories are
+measured for comparison. Tuning ends when every fact is certified and recalled, or with the budget of epochs.
 
 `bits per parameter` counts the floats of the rows that facts have trained, and a fact only if greedy decoding returns
-it; `coded` is the bits that the model saves in coding the digits, wrong ones included, which is how the capacities of
-2 (arXiv 2404.05405) and 3.6 bits per parameter (arXiv 2505.24832) were measured. Each cell of the study that has
-finished is kept, so that more --counts may be added to a finished one.
+it; `coded` is the number of bits that the model saves in coding the digits, those of wrong answers included, which is
+how the capacities of 2 (arXiv 2404.05405) and 3.6 bits per parameter (arXiv 2505.24832) were measured. The results of
+finished cells are kept, so that more --counts may be added to a finished study.
 
 Takes 10 minutes on 2 x86-64 cores (jax 0.10.2), 4 of them for 5,000 facts; 20,000 facts alone take 14 minutes and 17.7
 GB. Expect:
@@ -62,10 +62,10 @@ MEMORIES = (
     *((FACTS, "o_proj", 32, num_experts) for num_experts in (2**8, 2**6)),
     *((FACTS, "down_proj", 2, num_experts) for num_experts in (2**8, 2**6, 2**4, 2**2)),
 )
-# A LoRA that memorizes as many facts beside each of these memories, of the nearest rank.
+# Memories that are compared with a LoRA of the nearest rank, which memorizes as many facts.
 BESIDE = (("down_proj", 2**8), ("down_proj", 2**4))
 BITS = math.log2(10**10)
-LARGE = 1000  # facts, from which on a set counts as large
+LARGE = 1000  # facts, at least, of a set that counts as large
 PUBLISHED = {"arXiv 2404.05405": 2.0, "arXiv 2505.24832": 3.6}
 # The paper's "8B + 2B parameters memorize at least 1B facts".
 PAPER_FACTS, PAPER_TRAINED, PAPER_BACKBONE = 1e9, 2e9, 8e9
@@ -73,7 +73,7 @@ PAPER_FACTS, PAPER_TRAINED, PAPER_BACKBONE = 1e9, 2e9, 8e9
 
 @dataclasses.dataclass(frozen=True)
 class Cell:
-    """Some facts and what memorizes them: a memory, or with a rank a LoRA."""
+    """A number of facts and what memorizes them: a memory or, if `rank` is set, a LoRA."""
 
     count: int
     target: str = ""
@@ -93,7 +93,7 @@ def define_flags() -> None:
 
 
 def cells(config: Config, counts: list[int]) -> list[Cell]:
-    """All of the study, small ones first."""
+    """All cells of the study, small ones first."""
     grid = [Cell(*memory) for memory in MEMORIES]
     loras = []
     for target, num_experts in BESIDE:
@@ -110,9 +110,9 @@ def own_sets(config: Config, counts: list[int]) -> list[Cell]:
 
 
 def tune(cell: Cell, config: Config, model: FrozenModel, facts, features, place: tuple[Path, str]):
-    """The tuned memory or LoRA of a cell, its trained parameters, and how its selection spreads.
+    """The tuned memory or LoRA of a cell, the number of its trained parameters, and its `selection_stats`.
 
-    `features(count)` are what routers train on (features_QD); `place` is the run's directory and title.
+    `features(count)` returns what routers train on (features_QD); `place` is the run's directory and title.
     """
     if cell.rank:
         config = dataclasses.replace(config, lora=dataclasses.replace(config.lora, rank=cell.rank))
@@ -128,7 +128,7 @@ def tune(cell: Cell, config: Config, model: FrozenModel, facts, features, place:
 
 
 def measure(cell: Cell, config: Config, model: FrozenModel, facts, features, place: tuple[Path, str]) -> dict:
-    """Memorizes the first facts; what it took, and what is recalled."""
+    """Memorizes the first facts; returns what it took, and what is recalled."""
     facts = facts[: cell.count]
     tuned, trained, stats = tune(cell, config, model, facts, features, place)
     exact_F, _ = recall.recalled(tuned.model, tuned.adapter_fn, facts)
@@ -163,7 +163,7 @@ def arithmetic(best: float) -> dict[str, float]:
 
 
 def breaking(memories: list[dict]) -> dict[str, dict]:
-    """Of each target and K: the largest load at which all is recalled, and the smallest at which it is not."""
+    """By target and K: the largest load at which all facts are recalled, and the smallest at which they are not."""
     loads = {}
     for memory in memories:
         series = loads.setdefault(f"{memory['target']}, K = {memory['top_k']}", {"holds": None, "breaks": None})
@@ -174,7 +174,7 @@ def breaking(memories: list[dict]) -> dict[str, dict]:
 
 
 def claims(results: dict) -> list[Claim]:
-    """What the paper claims beside what was measured."""
+    """The paper's claims, with what was measured."""
     measured = results["cells"]
     own = [cell for cell in measured if cell["own"]]
     memories = [cell for cell in measured if not cell["rank"]]
@@ -254,7 +254,7 @@ def draw(results: dict, path: Path) -> None:
     figure, axes = plotting.plt.subplots(1, 3, figsize=(17, 5.5), layout="constrained")
     for (name, group), marker in zip(series.items(), "os^Dvx*", strict=False):
         memories = [] if group[0]["rank"] else sorted(group, key=lambda cell: cell["load"])
-        label = name if memories else None  # a LoRA has no load: an empty line keeps the colours of all panels alike
+        label = name if memories else None  # a LoRA has no load: an empty line keeps the colours equal in all panels
         loads = [cell["load"] for cell in memories]
         axes[0].plot(loads, [100 * cell["recall"] for cell in memories], f"{marker}-", mfc="none", label=label)
         axes[2].plot(loads, [cell["epochs"] for cell in memories], f"{marker}-", mfc="none", label=label)

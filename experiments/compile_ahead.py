@@ -1,4 +1,4 @@
-r"""Compiles memory tuning for TPUs that are not at hand, and tells whether it fits and what travels.
+r"""Compiles memory tuning for TPUs without having them, and shows whether it fits and what is sent between chips.
 
     pip install -e .[compile]
     python -m experiments.compile_ahead --config=experiments/configs/llama3_8b.py --topology=v5e:16x16 \
@@ -7,8 +7,8 @@ r"""Compiles memory tuning for TPUs that are not at hand, and tells whether it f
 The TPU compiler runs without a TPU. Three programs are compiled for the topology, sharded as the config says: the
 tuning step, the selection of a question's experts, and decoding with them. The table shows, per device, the bytes of
 what stays there, of the largest program's temporaries, and of the chip; the collectives of the step; its FLOPs, and the
-least time that it can take: that of its products or of what travels, whichever is longer (those in a loop over layers
-are counted once). Exit status 4 if something does not fit, with what is missing.
+least time that it can take: that of its matrix products or of its collectives (those in a loop over layers are counted
+once), whichever is longer. Exits with status 4 if something does not fit, and says what is missing.
 """
 
 import collections
@@ -77,12 +77,12 @@ def topology(name: str):
 
 
 def described(shape, dtype=np.float32, *axes: str | None) -> jax.ShapeDtypeStruct:
-    """An array that is only described, where it will lie."""
+    """The description of an array with its sharding."""
     return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding.sharding_of(axes, shape))
 
 
 def bytes_of(tree) -> int:
-    """On each device."""
+    """The bytes of a tree of arrays on each device."""
     leaves = jax.tree.leaves(tree)
     return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves)
 
@@ -96,7 +96,7 @@ _COLLECTIVE = re.compile(
 def collectives(text: str) -> list[dict]:
     """The collectives of a compiled program: kind, bytes that each leaves on a device, and how many there are.
 
-    One that is cut into pieces, to run beside other work, is counted once, by its channel.
+    One that is split into pieces, to run at the same time as other work, is counted once, by its channel.
     """
     found, channels = collections.Counter(), set()
     for line in text.splitlines():
@@ -117,7 +117,7 @@ def collectives(text: str) -> list[dict]:
 
 
 def compile_one(function, arguments):
-    """The executable and its text, in the compiler's own words: not every text of it can be read back."""
+    """The executable and its text, which the compiler writes to a file: jax cannot return every program's text."""
     with tempfile.TemporaryDirectory() as directory:
         options = {"xla_dump_to": directory, "xla_dump_hlo_as_text": True}
         executable = function.lower(*arguments).compile(compiler_options=options)
@@ -126,7 +126,7 @@ def compile_one(function, arguments):
 
 
 def programs(config: Config) -> tuple[dict, dict]:
-    """By name, what stays on the devices, described, and what is compiled: jitted functions and their arguments."""
+    """By name, descriptions of what stays on the devices; and what is compiled: jitted functions and arguments."""
     decoder = transformer.Decoder(config.backbone, config.memory.num_layers, config.execution.remat)
     params = jax.eval_shape(lambda: transformer.init(decoder, jax.random.key(0)))
     axes = transformer.axes(config.backbone, params)
@@ -175,7 +175,7 @@ def compile_all(config: Config, bar: tqdm.tqdm) -> dict:
             if "RESOURCE_EXHAUSTED" not in str(error) and "hbm" not in str(error):
                 raise
             missing = re.search(r"Exceeded hbm capacity by ([\d.]+[KMGT]?)", str(error))
-            result["refused"] = f"{name}: the compiler misses {missing[1] if missing else 'some'}B"
+            result["refused"] = f"{name}: the compiler lacks {missing[1] if missing else 'some'}B"
             continue
         finally:
             bar.update()
@@ -189,7 +189,7 @@ def compile_all(config: Config, bar: tqdm.tqdm) -> dict:
 
 
 def row(config: Config, devices, bar: tqdm.tqdm) -> dict:
-    """What one number of experts comes to."""
+    """The results for one number of experts."""
     chip = CHIPS[devices[0].device_kind]
     compiled = compile_all(config, bar)
     total, sent = sum(compiled["bytes"].values()), [one["bytes"] * one["count"] for one in compiled["collectives"]]
@@ -232,7 +232,7 @@ def table(results: dict) -> str:
 
 
 def main(arguments: study.Arguments) -> None:
-    # There is no TPU to ask, nor one that only a single process may use.
+    # There is no TPU to query, nor one that only a single process may use.
     os.environ |= {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
     config, name = arguments.config, arguments.flags.topology
     sizes = study.positive_integers("num_experts", arguments.flags.num_experts) or [config.memory.num_experts]

@@ -1,15 +1,15 @@
-"""Sections 1 and 6: what it costs to banish hallucination, by training all of a model and fact by fact.
+"""Sections 1 and 6: what it costs to remove hallucination, by training a whole model or fact by fact.
 
     python -m experiments.compute_requirements --workdir=runs/compute_requirements
     python -m experiments.compute_requirements --workdir=runs/mine --parameters=8e9 --tokens=15e12 --epochs=1
 
-Three parts. The paper's numbers beside the same arithmetic done here. A calculator: FLOPs, days, accelerators, power,
-price and carbon of any training run (the flags; by default the paper's). And what one fact costs in one step: full
-fine-tuning, LoRA and memory experts take steps in turn on the same phone book entries, with the FLOPs counted by hand
-(`shared/flops.py`) and by the compiler, and the same count for Llama 3 8B. The compiler counts the layers of a scan
-once, so it is compared with the count for one layer of each part.
+There are three parts. First, the paper's numbers next to the same arithmetic done here. Second, a calculator: FLOPs,
+days, accelerators, power, price and carbon of any training run (the flags; by default the paper's). Third, the cost of
+one fact in one step: full fine-tuning, LoRA and memory experts take steps in turn on the same phone book entries, with
+the FLOPs counted by hand (`shared/flops.py`) and by the compiler, and the same count for Llama 3 8B. The compiler
+counts the layers of a scan once, so it is compared with the count for one layer of each part.
 
-Takes 20 seconds on 2 x86-64 cores (jax 0.10.2). Expect of the paper's six numbers two to reproduce (power bill,
+Takes 20 seconds on 2 x86-64 cores (jax 0.10.2). Expect two of the paper's six numbers to be reproduced (power bill,
 carbon), two in part (days, megawatts) and two not (FLOPs, 1B facts); per fact and step 7.4 ms for full fine-tuning,
 5.2 for LoRA and 2.4 for memory experts, 1.03 times as long with 2^20 experts as with 2^14.
 """
@@ -38,7 +38,7 @@ from lamini_jax.runtime import processes
 from lamini_jax.training import FullMethod, LoraMethod
 
 METHODS = ("full", "lora", "mome")
-LARGE_FACT = 128, 48  # tokens of a fact beside Llama 3 8B, and of its answer
+LARGE_FACT = 128, 48  # tokens of a fact with Llama 3 8B, and of its answer
 BILLION = 1e9
 
 
@@ -48,7 +48,7 @@ def define_flags() -> None:
 
 
 def plan(given: Mapping[str, float | None]) -> Plan:
-    """The paper's plan with what is given instead. Raises UserError, with the flag, for what is not positive."""
+    """The paper's plan, with the given values instead of its own. Raises UserError for one that is not positive."""
     given = {name: value for name, value in given.items() if value is not None}
     for name, value in given.items():
         if not 0 < value < math.inf or (name == "mfu" and value > 1):
@@ -59,7 +59,7 @@ def plan(given: Mapping[str, float | None]) -> Plan:
 
 
 def timed_steps(config: Config, model: FrozenModel, facts: list[Fact]) -> dict[str, TimedStep]:
-    """Each method's, and that of memory experts among few, on facts of one length."""
+    """The step of each method, and that of memory tuning with few experts, on facts of one length."""
     multiple = model.max_seq_len // 4
     few = dataclasses.replace(config, memory=dataclasses.replace(config.memory, num_experts=FEW_EXPERTS))
     methods = {
@@ -102,7 +102,7 @@ def measured(config: Config, model: FrozenModel, bar: tqdm.tqdm) -> dict:
 
 
 def beside_llama(given: Plan) -> dict[str, dict[str, float]]:
-    """What a fact costs beside Llama 3 8B with the plan's epochs and accelerators, and what a billion facts do."""
+    """What a fact costs with Llama 3 8B and the plan's epochs and accelerators, and what a billion facts cost."""
     config = large(LLAMA3_8B, 2**20)
     tokens, answer = LARGE_FACT
     result = {}
@@ -121,7 +121,7 @@ def beside_llama(given: Plan) -> dict[str, dict[str, float]]:
 
 
 def claims(results: dict) -> list[Claim]:
-    """What the paper says, what came out, and whether that bears it out."""
+    """The paper's claims, with what was measured."""
     steps = results["steps"]
     methods, flops_ratio, seconds_ratio = steps["methods"], steps["flops_over_few"], steps["seconds_over_few"]
     costs = (
@@ -190,7 +190,7 @@ def table(results: dict) -> str:
 
 
 def draw(results: dict, path: Path) -> None:
-    """The paper's numbers against ours; then what a fact costs in a step, here and beside Llama 3 8B."""
+    """The paper's numbers against ours; then what a fact costs in a step, here and with Llama 3 8B."""
     figure, axes = plotting.plt.subplots(1, 3, figsize=(17, 5), width_ratios=(2, 1, 1), layout="constrained")
     compared = [Comparison(**one) for one in results["paper"]]
     places = range(len(compared))

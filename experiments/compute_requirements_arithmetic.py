@@ -1,4 +1,4 @@
-"""The paper's arithmetic (sections 1 and 6): what it takes to train all of a model until it hallucinates no more.
+"""The paper's arithmetic (sections 1 and 6): what it takes to train a whole model until it no longer hallucinates.
 
 Powers are in watts, energies in kWh.
 """
@@ -15,14 +15,14 @@ DAY = 86_400  # seconds
 # AMD's data sheet of the MI300X: bfloat16 without sparsity, and the power of a board.
 MI300X_FLOPS = 1307.4e12
 MI300X_WATTS = 750
-# A home in the United States in 2019, and its grid: kWh delivered a year, pounds of CO2 per MWh generated, the share
-# lost on the way (EPA, Greenhouse Gas Equivalencies Calculator).
+# A home in the United States in 2019: kWh delivered a year; and its grid: pounds of CO2 per MWh generated, and the
+# share lost in transmission (EPA, Greenhouse Gas Equivalencies Calculator).
 HOME_KWH = 11_880
 KG_PER_KWH = 884.2 / 1000 / 2.2046 / (1 - 0.073)
 ANSWER_BITS = RANDOM_LENGTH * math.log2(36)
 # Bits that a parameter was found to hold: arXiv 2404.05405 and 2505.24832.
 BITS_PER_PARAMETER = (2.0, 3.6)
-# A number reproduces within the first of these factors, and in part within the second.
+# A number is reproduced within the first of these factors, and in part within the second.
 CLOSE, NEAR = 1.1, 1.5
 
 
@@ -47,7 +47,7 @@ class Plan:
 
 
 def requirements(plan: Plan) -> dict[str, float]:
-    """What a plan takes: time with its accelerators, or accelerators for its days; power, price and carbon."""
+    """What a plan needs: time with its accelerators, or accelerators for its days; power, price and carbon."""
     flops = 6 * plan.parameters * plan.tokens * plan.epochs  # 6 per parameter and token (arXiv 2001.08361)
     accelerator_days = flops / (plan.peak_flops * plan.mfu) / DAY
     kwh = accelerator_days * 24 * plan.watts / 1000
@@ -64,7 +64,7 @@ def requirements(plan: Plan) -> dict[str, float]:
 
 
 class Comparison(NamedTuple):
-    """A number of the paper beside ours: how ours comes about, and why the two differ where they do."""
+    """A number of the paper and ours: how ours was computed, and why the two differ if they do."""
 
     quantity: str
     paper: float
@@ -74,7 +74,7 @@ class Comparison(NamedTuple):
 
 
 def comparisons() -> list[Comparison]:
-    """The paper's numbers beside ours."""
+    """The paper's numbers and ours."""
     plan = Plan()
     ours = requirements(plan)
     machines = plan.accelerators * plan.peak_flops * plan.mfu
@@ -132,7 +132,7 @@ def comparisons() -> list[Comparison]:
 
 
 def claim(comparison: Comparison) -> Claim:
-    """Whether a number of the paper comes out here."""
+    """The claim that a number of the paper is right."""
     ratio = comparison.ours / comparison.paper
     measured = f"{number(comparison.ours)} ({comparison.how}), {ratio:.3g} times the paper's"
     if factor(comparison) > CLOSE:
@@ -142,7 +142,7 @@ def claim(comparison: Comparison) -> Claim:
 
 
 def factor(comparison: Comparison) -> float:
-    """By what factor, at least 1, the two numbers differ."""
+    """The factor, at least 1, by which the two numbers differ."""
     ratio = comparison.ours / comparison.paper
     return max(ratio, 1 / ratio)
 

@@ -2,16 +2,16 @@
 
     python -m experiments.loss_threshold --workdir=runs/loss_threshold
 
-Facts with random answers are memorized, and at several epochs each fact's token losses are laid beside what the model
+Facts with random answers are memorized, and at several epochs each fact's token losses are compared with what the model
 says. `certified`: each token's loss is below ln 2, so that greedy decoding must return the answer. `sampled`: at
-temperature 1 an answer should come back with probability exp(-sum of its losses). `next_tokens`: what the model expects
-at one fact's tokens while its loss is high, medium and zero (Figure 3). `once`: codes that the shipped backbone read
-exactly once while it was trained (`experiments/pretrain_backbone.py`), beside codes that it never read; then memory
-tuning of the former. A killed run continues from where it was.
+temperature 1 an answer should come back with probability exp(-sum of its losses). `next_tokens`: the model's
+probabilities at one fact's tokens while its loss is high, medium and zero (Figure 3). `once`: codes that the shipped
+backbone read exactly once in training (`experiments/pretrain_backbone.py`), compared with codes that it never read;
+then memory tuning of the former. A killed run continues where it was stopped.
 
-Takes 5 minutes on 2 x86-64 cores (jax 0.10.2). Expect 940 of 1,920 measurements of a fact certified and all of those
-recalled, recall to set in at 0.96 nats of the worst token, 56.0% of 8,480 samples right where 56.1% are expected, and
-none of the 1,000 codes recalled before memory tuning, all after it.
+Takes 5 minutes on 2 x86-64 cores (jax 0.10.2). Expect 940 of 1,920 measurements of a fact to be certified and all of
+those recalled, recall to begin where the worst token costs 0.96 nats, 56.0% of 8,480 samples to be right where 56.1%
+are expected, and none of the 1,000 codes to be recalled before memory tuning, all of them after it.
 """
 
 import json
@@ -35,11 +35,11 @@ from lamini_jax.evaluation import recall
 from lamini_jax.runtime import processes
 from lamini_jax.training import run
 
-# Shares of the budget of epochs after which everything is measured, beside the beginning: memory tuning passes from no
-# fact to all of them in the first third.
+# Shares of the budget of epochs after which everything is measured, in addition to the beginning: memory tuning goes
+# from no fact to all of them in the first third.
 STAGES = (0.02, 0.04, 0.06, 0.08, 0.10, 0.12, 0.14, 0.16, 0.18, 0.20, 0.25, 0.30, 0.50, 1.00)
 SAMPLED_FACTS = 32  # at each stage
-FLOOR = 1e-5  # nats, below which a loss is drawn as this
+FLOOR = 1e-5  # nats; smaller losses are drawn as this
 CODE = re.compile("[A-Z0-9]{6}")  # what the answers of world.once look like
 
 
@@ -54,7 +54,7 @@ def stages(epochs: int) -> list[int]:
 
 
 def measure(config: Config, model: FrozenModel, adapter_fn: AdapterFn, facts: list[Fact], epoch: int) -> dict:
-    """Losses, recall and samples of each fact, and the distributions of the first, as they are now."""
+    """Losses, recall and samples of each fact at this stage, and the distributions at the first fact's tokens."""
     losses_FA = losses.of_answers(model, adapter_fn, facts)
     probability_F = np.exp(-np.array([max(loss_A.sum(dtype=np.float64), 0.0) for loss_A in losses_FA]))
     drawn = [i for i in range(min(SAMPLED_FACTS, len(facts))) if probability_F[i] >= analysis.LEAST_LIKELY]
@@ -72,7 +72,7 @@ def measure(config: Config, model: FrozenModel, adapter_fn: AdapterFn, facts: li
 
 
 def code_results(model: FrozenModel, adapter_fn: AdapterFn, facts: list[Fact], dtype: str) -> dict:
-    """What codes cost and how many are recalled, and whether wrong answers look like codes."""
+    """The losses of codes, how many are recalled, and whether wrong answers look like codes."""
     loss_FA = losses.of_answers(model, adapter_fn, facts)
     worst_F = np.array([loss_A.max() for loss_A in loss_FA])
     exact_F, generated = recall.recalled(model, adapter_fn, facts)
@@ -88,7 +88,7 @@ def code_results(model: FrozenModel, adapter_fn: AdapterFn, facts: list[Fact], d
 
 
 def read_once(config: Config, model: FrozenModel, directory: Path, count: int) -> dict:
-    """The codes that pretraining showed once: their loss and recall, and after memory tuning."""
+    """The codes that pretraining showed once: their loss and recall before and after memory tuning."""
     questions, dtype = losses.held_out(config.seed), config.backbone.dtype
     both = losses.as_facts(world.once(2 * pretraining.ONCE, pretraining.SEED))
     seen, unseen = both[:count], both[pretraining.ONCE : pretraining.ONCE + count]
@@ -134,7 +134,7 @@ def draw(results: dict, path: Path) -> None:
     levels = results["next_tokens"]
     right_A = np.array(levels["medium"]["right"])
     loss_A = -np.log(np.maximum(right_A, 1e-30))
-    place = int(np.abs(loss_A - analysis.MEDIUM).argmin())  # where the fact is as it is on average
+    place = int(np.abs(loss_A - analysis.MEDIUM).argmin())  # the token whose loss is nearest to the fact's mean loss
     for axis, (name, level) in zip(axes[1], levels.items(), strict=True):
         _next_token(axis, f"{name} loss", level, place)
     plotting.save(figure, path)

@@ -1,4 +1,4 @@
-"""What follows from the losses that `loss_threshold` measured, and what that says of the paper's claims."""
+"""The analysis of the losses that `loss_threshold` measured, and the paper's claims that it judges."""
 
 import numpy as np
 
@@ -7,11 +7,11 @@ from lamini_jax.config import CERTIFIED_LOSS
 from lamini_jax.evaluation import intervals
 
 SAMPLES = 32  # of each fact, at each stage
-# Of a fact less likely than this no sample is drawn: hardly one in all would be expected.
+# No samples are drawn of facts less likely than this: hardly a single right one would be expected.
 LEAST_LIKELY = 1e-3
 SAMPLING_BINS = (LEAST_LIKELY, 0.02, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.98, 1.0)
 LOSS_BINS = (0.0, 0.1, 0.35, CERTIFIED_LOSS, 0.8, 1.0, 1.25, 1.5, 2.0, 3.0, np.inf)
-MEDIUM = 1.75  # nats per token, where the paper sees pretraining end (Figure 2)
+MEDIUM = 1.75  # nats per token, at which pretraining ends in the paper (Figure 2)
 
 
 def threshold(measured: list[dict], certified_loss: float) -> dict:
@@ -22,7 +22,7 @@ def threshold(measured: list[dict], certified_loss: float) -> dict:
     certified_X, bin_X = worst_X < certified_loss, np.digitize(worst_X, LOSS_BINS) - 1
 
     def best_split(loss_X):
-        """The loss that tells recalled facts from wrong ones with the fewest errors."""
+        """The loss that separates recalled facts from wrong ones with the fewest errors."""
         order_X = np.argsort(loss_X)
         wrong_X = ~recalled_X[order_X]
         errors_X = np.concatenate([[0], np.cumsum(wrong_X)]) + np.concatenate([np.cumsum(~wrong_X[::-1])[::-1], [0]])

@@ -6,9 +6,9 @@ A byte-level decoder of about 0.8 million parameters reads questions and answers
 sequences of its whole context, and each of 1,000 arbitrary facts exactly once. `results.json` holds the share of
 held-out questions that it then answers exactly by greedy decoding, of all kinds and of each.
 
-0.7 s per step on 2 x86-64 cores, so 41 minutes with nothing beside it; the shipped weights took 56 minutes on a machine
-that was busy otherwise (Python 3.11, jax 0.10.2, optax 0.2.8). They answer 91.3% of the held-out questions: 96% to 100%
-of each of 22 kinds, 78% of numbers in words, and little more than guesses where a word has to be found by another
+A step takes 0.7 s on 2 x86-64 cores that do nothing else, so all take 41 minutes; the shipped weights took 56 minutes
+on a busy machine (Python 3.11, jax 0.10.2, optax 0.2.8). They answer 91.3% of the held-out questions: 96% to 100% of
+each of 22 kinds, 78% of numbers in words, and little more than guesses where one word has to be found by another
 (odd_one_out 35%, owner 47%, contains 60%, tallest 60%).
 """
 
@@ -30,11 +30,11 @@ from lamini_jax.data import world
 from lamini_jax.evaluation import recall
 from lamini_jax.runtime import processes
 
-HELD_OUT = 60  # held-out questions of each kind, fewer where it has fewer
+HELD_OUT = 60  # held-out questions of each kind, or all if it has fewer
 
 
 def define_flags() -> None:
-    flags.DEFINE_string("output", "", "Where the weights go instead of the work directory.")
+    flags.DEFINE_string("output", "", "File for the weights, instead of one in the work directory.")
     flags.DEFINE_integer("steps", 3_500, "Training steps.", lower_bound=1)
     flags.DEFINE_integer("batch", 16, "Sequences per step, each as long as the context.", lower_bound=1)
 

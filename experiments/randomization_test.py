@@ -5,7 +5,7 @@
 The same facts are memorized six times: by LoRA, by memory experts on the attention's output projection and by memory
 experts on the MLP's, each with true answers and with answers of 32 random letters and digits. Then every fact is asked
 for, by free-running greedy decoding, and so are questions that no run was tuned on: `heldout`, of kinds that no fact
-belongs to, and `neighbour`, of the facts' own kinds. A killed study continues with the run that it was in.
+belongs to, and `neighbour`, of the facts' own kinds. A killed study continues where it was stopped.
 
 Takes 6 minutes and 5.7 GB on 2 x86-64 cores (jax 0.10.2; 10.5 on slower ones). Expect every run to recall all 128
 facts (random answers: LoRA at epoch 39, `o_proj` at 41, `down_proj` at 25), held-out accuracy of 90.9% after every
@@ -27,11 +27,11 @@ from lamini_jax.evaluation import intervals, recall
 from lamini_jax.memory import routers
 from lamini_jax.memory.routers.experts import selection_stats
 
-ALIKE = 1.25  # times as many epochs count as the same curve
+ALIKE = 1.25  # curves count as the same if one takes at most so many times the epochs of the other
 NEAR_ZERO = 0.05  # nats per answer token, about where the paper's curves end
-# Of each set of questions that nothing was tuned on.
+# In each set of questions that nothing was tuned on.
 NUM_QUESTIONS = 240
-# Read off the paper's figures: epoch -> loss. Its model is Llama 3 8B, so that the shape compares and not the height.
+# Read off the paper's figures: epoch -> loss. Its model is Llama 3 8B, so compare the shape and not the height.
 PAPER = {
     "Figure 1": {
         "true": {10: 0.85, 20: 0.40, 30: 0.11, 40: 0.075, 60: 0.055, 80: 0.05, 100: 0.04},
@@ -56,7 +56,7 @@ def questions_asked(config: Config, model: FrozenModel) -> dict[str, list]:
 
 
 def accuracies(model: FrozenModel, adapter_fn: AdapterFn, questions: dict[str, list]) -> dict:
-    """Share of each set that is answered exactly, with its 95% interval; no share of an empty set."""
+    """The share of each set that is answered exactly, with its 95% interval; None for an empty set."""
     result = {}
     for name, qas in questions.items():
         right = sum(recall.accuracy(model, adapter_fn, qas)) if qas else 0
@@ -66,7 +66,7 @@ def accuracies(model: FrozenModel, adapter_fn: AdapterFn, questions: dict[str, l
 
 
 def measure(setting: random_answer_runs.Setting, name: str, questions: dict[str, list]) -> dict:
-    """Tunes, asks for every fact and for the untuned questions."""
+    """Tunes, then asks for every fact and the untuned questions."""
     tuned, facts = random_answer_runs.tune(setting, name)
     exact_F, _ = recall.recalled(tuned.model, tuned.adapter_fn, facts)
     progress = tuned.progress
@@ -113,11 +113,11 @@ def table(results: dict) -> str:
 
 
 def claims(results: dict) -> list[Claim]:
-    """Figures 1 and 5, and of Table 1 what its randomized model still answers."""
+    """The claims of Figures 1 and 5, and of Table 1 about what its randomized model still answers."""
     runs, backbone = results["runs"], results["backbone"]
     low, high = backbone["heldout_interval"]
 
-    def told(name):
+    def summary(name):
         run = runs[name]
         return f"{name} {run['final_loss']:.4f}, {percent(run['recall'])}, {run['epochs_to_full_recall'] or 'never'}"
 
@@ -136,7 +136,7 @@ def claims(results: dict) -> list[Claim]:
     return [
         Claim(
             "LoRA fits random answers to a loss near zero, on nearly the same curve as true ones (Figure 1)",
-            f"{quantities}: {'; '.join(map(told, lora))}",
+            f"{quantities}: {'; '.join(map(summary, lora))}",
             {
                 f"a loss below {NEAR_ZERO} and a recall of 99%": all(fits(name, 0.99) for name in lora),
                 f"all random answers recalled after at most {ALIKE} times the epochs of true ones": (
@@ -146,7 +146,7 @@ def claims(results: dict) -> list[Claim]:
         ),
         Claim(
             "Memory experts reach a loss near zero as fast as LoRA (Figure 5)",
-            f"{quantities}: {'; '.join(map(told, memory))}",
+            f"{quantities}: {'; '.join(map(summary, memory))}",
             {
                 f"a loss below {NEAR_ZERO} and complete recall": all(fits(name, 1.0) for name in memory),
                 f"all recalled after at most {ALIKE} times the epochs of LoRA": all(
@@ -173,7 +173,7 @@ def claims(results: dict) -> list[Claim]:
 
 
 def draw(results: dict, path: Path) -> None:
-    """Loss against epoch: LoRA as in Figure 1, memory experts as in Figure 5, the paper's points beside each."""
+    """Loss against epoch: LoRA as in Figure 1, memory experts as in Figure 5, each with the paper's points."""
     panels = {"Figure 1": ("LoRA", ["lora"]), "Figure 5": ("memory experts", ["mome_down_proj", "mome_o_proj"])}
     figure, axes = plotting.plt.subplots(1, 2, figsize=(12, 5.5), layout="constrained")
     for axis, (title, (label, methods)) in zip(axes, panels.items(), strict=True):

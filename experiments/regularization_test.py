@@ -3,14 +3,15 @@
     python -m experiments.regularization_test --workdir=runs/regularization_test [--study=runs/randomization_test]
 
 LoRA, memory experts on the attention's output projection and memory experts on the MLP's are tuned on the same facts,
-with true and with random answers, as in `experiments.randomization_test`; --study takes its six runs and tunes nothing
-again. Then the backbone and each of them answer the same held-out questions: accuracy with its 95% interval, and the p
-of the exact paired test (McNemar's) that nothing changed. With --config.data.dir, TruthfulQA (MC1, MC2) and MMLU are
-judged by likelihood as in `experiments.benchmarks`, for a backbone with the context for them: MC2, which is no count,
-with the paired t-test. Answers barely change if at most one in twenty is right that was wrong or the other way round
-(of MC2, if its mean changes by at most 0.05). The study that --study names must have been made with this config.
+with true and with random answers, as in `experiments.randomization_test`; --study uses the six runs of such a study
+instead of tuning again. Then the backbone and each of them answer the same held-out questions: accuracy with its 95%
+interval, and the p-value of the exact paired test (McNemar's) that nothing changed. With --config.data.dir, TruthfulQA
+(MC1, MC2) and MMLU are judged by likelihood as in `experiments.benchmarks`, for a backbone with enough context: MC2,
+which is not a count, with the paired t-test. Answers count as barely changed if at most one in twenty changes from
+right to wrong or back (for MC2, if its mean changes by at most 0.05). The study that --study names must have the same
+config.
 
-Takes 1.5 minutes on 2 x86-64 cores (jax 0.10.2) beside a finished study, without the benchmarks. Of 420 held-out
+Takes 1.5 minutes on 2 x86-64 cores (jax 0.10.2) with a finished study, without the benchmarks. Of 420 held-out
 questions the backbone answers 90.0%; expect 90.0%, 90.2%, 90.0% and 90.0% after the four memory runs, with one answer
 changed, 87.6% after LoRA on true answers (22 lost, 12 won, p = 0.12) and 0.0% after LoRA on random ones.
 """
@@ -35,10 +36,10 @@ from lamini_jax.evaluation import intervals, multiple_choice, recall
 
 PER_KIND = 20  # held-out questions of each kind of the world
 PER_SUBJECT = 5  # questions of each subject of MMLU
-SAMPLES = 4  # answers that the table shows, beside that of a tuned fact
+SAMPLES = 4  # answers that the table shows, in addition to that of a tuned fact
 WIDEST = 70  # characters of an answer that the table shows
-BARELY = 0.05  # of a test's answers may change
-# By test, the benchmark that it takes and what it makes of an item's scores.
+BARELY = 0.05  # the share of a test's answers that may change
+# By test, the benchmark that it uses and the function that judges an item's scores.
 JUDGES = {
     "truthful_qa mc1": ("truthful_qa", multiple_choice.mc1),
     "truthful_qa mc2": ("truthful_qa", multiple_choice.mc2),
@@ -47,11 +48,11 @@ JUDGES = {
 
 
 def define_flags() -> None:
-    flags.DEFINE_string("study", None, "Directory of a randomization_test; empty: runs of its own.")
+    flags.DEFINE_string("study", None, "Directory of a randomization_test; without it, tunes its own runs.")
 
 
 def judged(model: FrozenModel, adapter_fn: AdapterFn, questions: list[QA], items: dict[str, list]) -> dict[str, list]:
-    """By test, what each question earns: whether it is right, or MC2's share. Items are those that fit the context."""
+    """By test, the score of each question: whether it is right, or MC2's share. `items` must fit in the context."""
     earned = {"heldout": recall.accuracy(model, adapter_fn, questions)}
     scores = {name: multiple_choice.score(model, adapter_fn, group) for name, group in items.items()}
     for test, (name, judge) in JUDGES.items():
@@ -61,7 +62,7 @@ def judged(model: FrozenModel, adapter_fn: AdapterFn, questions: list[QA], items
 
 
 def compared(before: list, after: list) -> dict:
-    """The mean with its 95% interval, how many are worse and better than before, and the p that nothing changed."""
+    """The mean with its 95% interval, how many are worse and better than before, and the p-value of no change."""
     before_Q, after_Q = np.array(before, float), np.array(after, float)
     lost, won = int((after_Q < before_Q).sum()), int((after_Q > before_Q).sum())
     counts = isinstance(after[0], bool)
@@ -84,13 +85,13 @@ def compared(before: list, after: list) -> dict:
 
 
 def claims(results: dict) -> list[Claim]:
-    """Table 1: the tuned fact comes back, other answers stay."""
-    # A test of which the backbone can do nothing has nothing to lose.
+    """The claims of Table 1: the tuned fact comes back, other answers stay."""
+    # A test in which the backbone answers nothing right has nothing to lose.
     before = {test: start for test, start in results["runs"]["backbone"]["tests"].items() if start["accuracy"] > 0}
     judgements = []
     for method in random_answer_runs.METHODS if before else ():
         tuned = {answers: results["runs"][f"{method}/{answers}"]["tests"] for answers in datasets.ANSWERS}
-        told = [
+        parts = [
             f"{test}: {percent(start['accuracy'])} before"
             + "".join(
                 f", {percent(tests[test]['accuracy'])} after {answers} answers ({tests[test]['lost']} lost, "
@@ -102,7 +103,7 @@ def claims(results: dict) -> list[Claim]:
         judgements.append(
             Claim(
                 f"Held-out answers barely change by memorizing ({method}; Table 1)",
-                f"Right answers of {'; '.join(told)}",
+                f"Right answers of {'; '.join(parts)}",
                 {
                     f"at most {BARELY:.0%} of each test's answers change after {answers} answers": all(
                         tests[test]["changed"] <= BARELY for test in before
@@ -170,7 +171,7 @@ def draw(results: dict, path: Path) -> None:
 def measure(
     setting: random_answer_runs.Setting, name: str, questions: list[QA], samples: list[QA], items: dict
 ) -> dict:
-    """What the backbone, or one of the six runs, earns and says."""
+    """The scores and the answers of the backbone, or of one of the six runs."""
     model, adapter_fn, fact = setting.model, answering.BARE, {}
     if name != "backbone":
         tuned, facts = random_answer_runs.tune(setting, name)

@@ -1,19 +1,19 @@
-"""Every experiment, and a page that says of each of the paper's claims whether it was reproduced.
+"""Runs the experiments, and makes a page that says for each of the paper's claims whether it was reproduced.
 
     pip install -e .[report]
     python -m experiments.report --workdir=runs/report [--only=capacity,loss_threshold] [--config=FILE]
         [--update=README.md,experiments/README.md]
 
 runs each experiment in a directory of its own below --workdir and skips those that have finished; one that fails is
-named in the page, and the others go on. After each, the page of all that have finished so far is there: report.html
-(self-contained) and report.md. Verdicts are made from what was measured whenever the page is, so that a changed rule
-needs no new run. --update writes them into other files too, between the lines `<!-- verdicts -->` and
-`<!-- /verdicts -->`. --config and its fields go to every experiment. A SIGTERM ends it with status 75, and the
-experiment that is running; started again, it continues from what that had saved.
+named in the page, and the others are still run. After each experiment it writes the page of all that have finished so
+far: report.html (self-contained) and report.md. Verdicts are computed from the saved measurements whenever the page is
+made, so that a changed rule needs no new run. --update writes them into other files too, between the lines
+`<!-- verdicts -->` and `<!-- /verdicts -->`. --config and its fields are passed to every experiment. A SIGTERM ends it
+with status 75, and also the experiment that is running; started again, it continues from what that had saved.
 
-Takes 32 minutes and 9.2 GB on 2 x86-64 cores (jax 0.10.2). Expect 33 verdicts: 17 reproduced, 10 in part, 6 not (of
-`regularization_test`, `selective_loss`, `capacity` and `retrieval_comparison` one each, of `compute_requirements` two),
-and none of 12,633 certified facts wrong.
+Takes 32 minutes and 9.2 GB on 2 x86-64 cores (jax 0.10.2). Expect 33 verdicts: 17 reproduced, 10 in part, 6 not (one
+each of `regularization_test`, `selective_loss`, `capacity` and `retrieval_comparison`, two of `compute_requirements`),
+and 12,633 times a certified fact, always recalled.
 """
 
 import base64
@@ -55,7 +55,7 @@ def define_flags() -> None:
 
 
 def run(name: str, directory: Path, overrides: list[str], title: str) -> dict:
-    """What an experiment left in its directory, or the line with which it failed. A finished one is not run again."""
+    """The page's part of an experiment: its results, or the line with which it failed. Skips a finished one."""
     if part := finished(name, directory):
         print(f"{title}: done already", flush=True)
         return part
@@ -80,7 +80,7 @@ def run(name: str, directory: Path, overrides: list[str], title: str) -> dict:
 
 
 def finished(name: str, directory: Path) -> dict[str, Any] | None:
-    """What the page says of an experiment that has finished: its claims and table are made of its results now."""
+    """The page's part of a finished experiment, or None: its claims and table are made from its results now."""
     path = directory / "results.json"
     if not path.exists():
         return None
@@ -96,7 +96,7 @@ def about(name: str) -> str:
 
 
 def pages(parts: list[dict], directory: Path) -> dict[str, str]:
-    """The page as HTML, with its figures inside, and as Markdown, and the verdicts alone, by their templates' names."""
+    """By template name, the page as HTML (with its figures inside), as Markdown, and only the verdicts."""
     import jinja2  # here, so that `main` can say what to install
 
     for part in parts:

@@ -1,4 +1,4 @@
-"""Sections 4 and 10: memory experts next to information retrieval and LoRA, on the same facts.
+"""Sections 4 and 10: memory experts compared with information retrieval and LoRA, on the same facts.
 
     pip install -e .[report]
     python -m experiments.retrieval_comparison --workdir=runs/retrieval_comparison
@@ -9,19 +9,19 @@ was stored (`verbatim`), with one or two edited characters (`typos`) and in othe
 that are not in the book (`unknown`), where the only right answer is none. An answer is exact, wrong (a hallucination)
 or not given.
 
-Retrieval always finds something, so it answers only from a score on that earns most in a calibration, where an exact
-answer earns 1, a wrong one costs 1 and none counts nothing. The calibration has as many questions of each of the four
-kinds; all but the verbatim ones, which have one wording only, are others than those of the test. The models have no
-refusal of their own: `+ refusal` answers by the same rule, on the probability of the answer's least likely token.
-`+ known experts` needs no calibration: it answers if facts have trained all of the experts that the question selects,
-which the frozen router tells before anything is decoded. Latency is that of one question, text in and text out; bytes
-are those of the index and the answers, of LoRA's adapters, of the experts' rows that facts have selected. A killed run
-continues with the system that it was at.
+Retrieval always finds something, so it answers only if the score reaches a threshold: the one with the best result in a
+calibration, where an exact answer counts 1, a wrong one -1 and no answer 0. The calibration has equally many questions
+of each of the four kinds; except for the verbatim ones, which have only one wording, they differ from those of the
+test. The models cannot refuse by themselves: `+ refusal` applies the same rule to the probability of the answer's least
+likely token. `+ known experts` needs no calibration: it answers only if all experts that the question selects are
+trained, which the frozen router shows before anything is decoded. Latency is that of one question, from text to text;
+bytes are those of the index and the answers, of LoRA's adapters, or of the experts that facts have selected. A killed
+run continues with the system that it was measuring.
 
-Takes 5 minutes on 2 x86-64 cores (jax 0.10.2). Expect all systems to answer all 1,000 verbatim questions exactly.
-Wrong of typos, rephrased and unknown: LoRA 51%, 100% and 100%, memory experts 98%, 100% and 100%, with known experts
-none of 3,000; TF-IDF of letters 0, 0 and 2 questions. A threshold on the share of known experts from the calibration
-(0.70) would have let 3 wrong answers through.
+Takes 5 minutes on 2 x86-64 cores (jax 0.10.2). Expect all systems without `+` to answer all 1,000 verbatim questions
+exactly. Wrong answers to typos, rephrased and unknown: LoRA 51%, 100% and 100%, memory experts 98%, 100% and 100%, with
+known experts none of 3,000; TF-IDF of letters 0, 0 and 2 questions. A threshold on the share of known experts from the
+calibration (0.70) would have let 3 wrong answers through.
 """
 
 import dataclasses
@@ -76,7 +76,7 @@ Asked = dict[str, list[tuple[str, str | None]]]  # by kind: a question, and its 
 
 
 def edited(text: str, rng: np.random.Generator, taken: Collection[str]) -> str:
-    """`text` with one or two characters inserted, left out, replaced or swapped with the next, and none of `taken`."""
+    """`text` with one or two characters inserted, deleted, replaced or swapped with the next; never one of `taken`."""
     result = text
     while result == text or result in taken:
         result = text
@@ -89,7 +89,7 @@ def edited(text: str, rng: np.random.Generator, taken: Collection[str]) -> str:
 
 
 def questions(facts: Sequence[Fact], seed: int) -> tuple[Asked, Asked]:
-    """What the systems are asked in the test and in the calibration."""
+    """The questions of the test and of the calibration."""
     count, calibrating = len(facts), min(CALIBRATION, len(facts))
     stored = {fact.question for fact in facts}
     strangers = [text for text, _ in itertools.islice(phone_book.pairs(seed), count, 3 * count)]
@@ -113,9 +113,9 @@ def questions(facts: Sequence[Fact], seed: int) -> tuple[Asked, Asked]:
 
 
 def threshold(replies: Sequence[Reply], answers: Sequence[str | None]) -> float:
-    """The score from which on answers earn most: an exact one earns 1, a wrong one costs 1.
+    """The least score of an answer that gives the best result, where an exact answer counts 1, a wrong one -1.
 
-    Of equally good thresholds the highest, halfway to the best score that it refuses.
+    Of equally good thresholds it is the highest, halfway between the last accepted score and the next one.
     """
     given = sorted((pair for pair in zip(replies, answers, strict=True) if pair[0].text), key=lambda p: -p[0].score)
     scores = [reply.score for reply, _ in given]
@@ -138,7 +138,7 @@ def judge(replies: Sequence[Reply], answers: Sequence[str | None], least: float 
 def model_system(
     model: FrozenModel, adapter_fn: AdapterFn, facts: Sequence[Fact], size: int, trained_ids: np.ndarray | None = None
 ) -> System:
-    """Greedy decoding; answers are cut off one token after the longest of the book. `trained_ids`: facts' experts."""
+    """Greedy decoding, cut off one token after the book's longest answer. `trained_ids` are the trained experts."""
     longest = 1 + max(len(model.tokenizer.completion(fact.answer)) for fact in facts)
 
     def reply(said: Answer) -> Reply:
@@ -161,7 +161,7 @@ def latency(system: System, texts: Sequence[str]) -> float:
 def contenders(
     config: Config, model: FrozenModel, router: routers.Router, facts: list[Fact], directory: Path, lora_epochs: int
 ) -> dict[str, Callable[[], tuple[System, dict]]]:
-    """name -> what makes the system ready and returns it with what there is to say of its training."""
+    """By name, a function that prepares the system and returns it with a description of its training."""
 
     def training(tuned: run.Tuned) -> dict:
         rest = {"certified_F": tuned.certified_F.tolist(), "tuning_seconds": sum(tuned.progress.seconds)}
@@ -197,7 +197,7 @@ def contenders(
 
 
 def measured(make, asked: Asked, calibration: Asked, num_facts: int) -> dict:
-    """All replies of a system, its latency and its bytes."""
+    """All replies of a system, its latency and its size."""
     system, extra = make()
 
     def replies(asked):
@@ -213,7 +213,7 @@ def measured(make, asked: Asked, calibration: Asked, num_facts: int) -> dict:
 
 
 def row(found: dict, asked: Asked, calibration: Asked, refusal: str) -> dict:
-    """What a system's replies come to: all, or by REFUSING those from a score on, or by KNOWN those all `known`."""
+    """Judges a system's replies: all, or with REFUSING those above a threshold, or with KNOWN those all `known`."""
 
     def flat(parts):
         return [part for kind in SETS for part in parts[kind]]
@@ -232,7 +232,7 @@ def row(found: dict, asked: Asked, calibration: Asked, refusal: str) -> dict:
 
 
 def rows(found: dict[str, dict], asked: Asked, calibration: Asked) -> dict[str, dict]:
-    """A row for each system, for each model one more that refuses, and one for memory experts that knows its own."""
+    """A row for each system, one more for each model with `+ refusal`, and one with `+ known experts`."""
     result = {}
     for name, replies in found.items():
         result[name] = row(replies, asked, calibration, REFUSING if name in RETRIEVAL and name != "b_tree" else "")
@@ -248,7 +248,7 @@ def share(row: dict, outcome: str, kinds: Sequence[str] = SETS) -> float:
 
 
 def claims(results: dict) -> list[Claim]:
-    """What the paper says, what came out, and whether that bears it out."""
+    """The paper's claims, with what was measured."""
     systems = results["systems"]
     verbatim, asked_otherwise, knowing = systems["mome"]["sets"]["verbatim"], SETS[1:], systems[f"mome{KNOWN}"]
     wrong = {name: share(system, "wrong") for name, system in systems.items()}
@@ -272,7 +272,7 @@ def claims(results: dict) -> list[Claim]:
             "retrieval systems give some and fewer than LoRA",
             {f"{name} gives some wrong answers, and fewer than LoRA": holds for name, holds in better.items()},
         ),
-        # Refusing is not the paper's.
+        # Refusing is not in the paper.
         Claim(
             "Memory experts remove hallucination where information retrieval does not (sections 4, 7 and 10)",
             f"Asked with typos, in other words or about unknown names, memory experts answer "
@@ -311,7 +311,7 @@ def table(results: dict) -> str:
 
 
 def draw(results: dict, path: Path) -> None:
-    """What becomes of the questions of each kind, system by system; then time per question and bytes per fact."""
+    """How each system answers the questions of each kind; then time per question and bytes per fact."""
     systems = results["systems"]
     names, kinds = list(systems), list(results["examples"])
     places = range(len(names))
@@ -343,7 +343,7 @@ def draw(results: dict, path: Path) -> None:
 
 def define_flags() -> None:
     flags.DEFINE_integer("facts", 1000, "Entries of the phone book.", lower_bound=4)
-    flags.DEFINE_integer("lora_epochs", 30, "Epochs of LoRA, which has no other end.", lower_bound=1)
+    flags.DEFINE_integer("lora_epochs", 30, "Epochs of LoRA, which never stops earlier.", lower_bound=1)
 
 
 def main(arguments: study.Arguments) -> None:

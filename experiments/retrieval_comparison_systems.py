@@ -1,7 +1,7 @@
 """The retrieval systems of sections 4 and 10 over some facts: a B-tree, inverted indexes and an exact vector index.
 
-All of them find the stored question nearest to the one asked and give its answer, however far away that is; who wants
-them to give none sets a threshold on the score.
+All except the B-tree find the stored question nearest to the one asked and give its answer, however far away that is;
+a threshold on the score can make them give no answer.
 """
 
 import logging
@@ -14,13 +14,13 @@ import numpy as np
 
 from lamini_jax import Fact
 
-MODULES = ("sklearn", "bm25s", "faiss")  # what this file imports when it is asked to
+MODULES = ("sklearn", "bm25s", "faiss")  # what the functions of this file import
 
 
 class Reply(NamedTuple):
-    """What a system says, None or empty if nothing, and how sure it is of that, on a scale of its own.
+    """A system's answer, None or empty if it gives none, and how sure it is of that, on its own scale.
 
-    `known`, of memory experts: the share of those that the question selected which facts have trained.
+    `known`, for memory experts only: the share of trained experts among those that the question selected.
     """
 
     text: str | None
@@ -29,14 +29,14 @@ class Reply(NamedTuple):
 
 
 class System(NamedTuple):
-    """Something that answers questions, and the bytes that it keeps for all facts together."""
+    """A function that answers questions, and the number of bytes that it keeps for all facts together."""
 
     answer: Callable[[Sequence[str]], list[Reply]]
     size: int
 
 
 def b_tree(facts: Sequence[Fact]) -> System:
-    """SQLite's B-tree: questions as they were stored, letter by letter, and no others."""
+    """SQLite's B-tree: answers questions exactly as they were stored, and no others."""
     database = sqlite3.connect(":memory:")
     database.execute("CREATE TABLE facts (question TEXT PRIMARY KEY, answer TEXT) WITHOUT ROWID")
     database.executemany("INSERT INTO facts VALUES (?, ?)", [(fact.question, fact.answer) for fact in facts])
@@ -55,7 +55,7 @@ def tfidf(facts: Sequence[Fact], analyzer: str) -> System:
     from sklearn.feature_extraction.text import TfidfVectorizer
 
     vectorizer = TfidfVectorizer(analyzer=analyzer, ngram_range=(3, 3) if analyzer == "char_wb" else (1, 1))
-    # Inverted: for each term the facts that have it.
+    # The inverted index: for each term the facts that have it.
     postings_VF = vectorizer.fit_transform([fact.question for fact in facts]).T.tocsr()
 
     def scores(questions):
@@ -68,7 +68,7 @@ def bm25(facts: Sequence[Fact]) -> System:
     """bm25s's inverted index of words."""
     import bm25s
 
-    logging.getLogger("bm25s").setLevel(logging.WARNING)  # it asks for more when it is imported
+    logging.getLogger("bm25s").setLevel(logging.WARNING)  # its import turns on more
     index = bm25s.BM25()
     index.index(bm25s.tokenize([fact.question for fact in facts], show_progress=False), show_progress=False)
 
@@ -80,7 +80,7 @@ def bm25(facts: Sequence[Fact]) -> System:
 
 
 def vector(facts: Sequence[Fact], embed: Callable[[list[str]], np.ndarray]) -> System:
-    """faiss's exact inner-product index over the vectors, of unit length, that `embed` makes of questions."""
+    """faiss's exact inner-product index over unit vectors, which `embed` computes from questions."""
     import faiss
 
     vectors_FC = np.ascontiguousarray(embed([fact.question for fact in facts]), np.float32)

@@ -1,25 +1,25 @@
-"""Does training the router, then freezing it, help? Section 7.1: one epoch of it keeps each fact's experts fixed.
+"""Does training the router, then freezing it, help? Section 7.1: one epoch of training, then each fact's experts stay.
 
     python -m experiments.router_training --workdir=runs/router_training
 
-The same facts with random answers are memorized beside routers that differ in how they came about:
+The same facts with random answers are memorized with routers that differ in how they were made:
 
     raw        a random projection of the pooled hidden states, never trained
     whitened   a random projection of the whitened ones, never trained
     trained    the raw projection trained for one epoch, then frozen
     ours       the whitened one trained for one epoch, then frozen: what the package does
-    never      ours, never frozen: trained for one more epoch before each epoch of tuning, so that facts select anew
+    never      ours, never frozen: trained for one more epoch before each epoch of tuning, so that facts select again
 
 Before each epoch all facts are checked with the experts that they select then, and those that are not certified are
 trained; it ends when all are certified and recalled, or with the budget of epochs. `changed` is the share of facts
-whose selection is another than before the last epoch, on average over epochs (all are selected once more after tuning:
-a frozen router has to choose the same), `lost` the certified facts that are not
-any more at the next check, for other facts trained their experts or they selected others. `used` and the overlaps are
-those of the last selection.
+that select other experts than an epoch before, on average over epochs (after tuning, all facts select once more: a
+frozen router has to choose the same experts). `lost` counts certified facts that are no longer certified at the next
+check, because other facts trained their experts or because they selected others. `used` and the overlaps are those of
+the last selection.
 
 Takes 2.5 minutes on 2 x86-64 cores (jax 0.10.2). Expect all facts recalled after 57 epochs with `raw` (123 experts
-used), 25 with `whitened` (3,869), 28 with `trained` (1,022) and 23 with `ours` (3,946); with `never`, of whose facts
-93% change their experts from one epoch to the next, 94.5% after all 100.
+used), 25 with `whitened` (3,869), 28 with `trained` (1,022) and 23 with `ours` (3,946); with `never`, where 93% of the
+facts change their experts from one epoch to the next, 94.5% after all 100.
 """
 
 import dataclasses
@@ -45,7 +45,7 @@ from lamini_jax.training import MemoryMethod, loop
 
 @dataclasses.dataclass(frozen=True)
 class Training:
-    """How a router comes about: whether features are whitened, epochs of training, and whether it goes on."""
+    """How a router is made: whether features are whitened, epochs of training, and whether it is then frozen."""
 
     whiten: bool
     epochs: int
@@ -59,7 +59,7 @@ ROUTERS = {
     "ours": Training(whiten=True, epochs=1),
     "never": Training(whiten=True, epochs=1, frozen=False),
 }
-# Fewer epochs than this share of another's count as better; those of two seeds differ by less.
+# Taking at most this share of another's epochs counts as better; two seeds differ by less.
 FASTER = 0.9
 
 
@@ -68,7 +68,7 @@ def selections(
 ) -> list[FactSelection]:
     """What facts select in each epoch of tuning, or once if the router is frozen.
 
-    It is known before tuning begins, because the router is trained on questions alone.
+    It is known before tuning begins, because the router is trained only on questions.
     """
     epochs = 1 if training.frozen else config.tuning.epochs
     projections = expert_router.projections(config, features_QD, training.whiten)
@@ -81,7 +81,7 @@ def selections(
 
 
 def changed(expert_ids_EFK: np.ndarray) -> float:
-    """The share of facts whose set of experts is another than an epoch before."""
+    """The share of facts whose set of experts differs from that of the epoch before."""
     sets_EFK = np.sort(expert_ids_EFK, axis=-1)
     if len(sets_EFK) == 1:
         return 0.0
@@ -91,7 +91,7 @@ def changed(expert_ids_EFK: np.ndarray) -> float:
 def memorize(
     config: Config, model: FrozenModel, facts: Sequence[Fact], selected: Sequence[FactSelection], title: str
 ) -> dict:
-    """Tunes with the selection of each epoch, the last of which serves for all that follow; what came of it."""
+    """Tunes with the selection of each epoch, of which the last serves all later epochs; returns the results."""
     threshold, certified = certified_loss(config.backbone.dtype), []
     method = MemoryMethod.create(config, model, facts, selected[0], later=selected[1:])
     bar = processes.progress_bar(total=config.tuning.epochs, desc=title, unit="epoch")
@@ -122,17 +122,17 @@ def memorize(
 
 
 def better(one: dict, other: dict) -> bool:
-    """Recalls more, or as much in clearly fewer epochs."""
+    """Whether `one` recalls more, or as much in clearly fewer epochs."""
     if one["recall"] != other["recall"]:
         return one["recall"] > other["recall"]
     return one["epochs"] <= FASTER * other["epochs"]
 
 
 def claims(results: dict) -> list[Claim]:
-    """What the paper claims beside what was measured."""
+    """The paper's claims, with what was measured."""
     measured = results["routers"]
 
-    def told(*names):
+    def summary(*names):
         return ", ".join(
             f"{name} {100 * measured[name]['recall']:.1f}% after {measured[name]['epochs']} epochs with "
             f"{measured[name]['experts_used']:,} experts"
@@ -152,13 +152,13 @@ def claims(results: dict) -> list[Claim]:
         ),
         Claim(
             "Freezing the router lets facts be memorized in fewer steps (section 7.1)",
-            f"Recall {told('ours', 'never')}; {measured['ours']['lost']} and {measured['never']['lost']} times a "
+            f"Recall {summary('ours', 'never')}; {measured['ours']['lost']} and {measured['never']['lost']} times a "
             "certified fact was lost",
             {"frozen is better than never frozen": better(measured["ours"], measured["never"])},
         ),
         Claim(
             "Training the router for one epoch before it is frozen helps (section 7.1)",
-            f"Recall without whitening: {told('raw', 'trained')}; with it: {told('whitened', 'ours')}",
+            f"Recall without whitening: {summary('raw', 'trained')}; with it: {summary('whitened', 'ours')}",
             {
                 "trained is better than raw": better(measured["trained"], measured["raw"]),
                 "ours, trained, is better than whitened": better(measured["ours"], measured["whitened"]),

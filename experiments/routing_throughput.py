@@ -1,14 +1,14 @@
-"""Routing throughput: how many questions per second find their K experts among N keys, and what is left for answering.
+"""Routing throughput: how many questions per second find their K experts among N keys, alone and while answering.
 
     python -m experiments.routing_throughput --workdir=runs/routing_throughput
         [--num_experts=65536,1048576] [--batches=1,64,1024] [--lookups=exact,product,approximate] [--key_dim=128]
 
-Every contender for one N and one batch takes its turns in one run, so that a noisy machine slows them all. `ceiling` is
-the share of what this machine allows: for flat keys, of the same matrix product followed by a maximum; for product keys
-and for the gather, of the time in which the bytes that they must move are copied. `recall` is the share of the plain
-reference's experts that were found, `all K` that of the queries that got every one. Peers run beside ours where they
-are installed (`pip install -e .[bench]`, and torch). With several devices, flat keys are sharded over them, and product
-keys' queries.
+All contenders for one N and one batch take turns in one run, so that a noisy machine slows them all. `ceiling` is the
+share of the speed that this machine allows: for flat keys, of the same matrix product followed by a maximum; for
+product keys and for the gather, of copying the bytes that they must move. `recall` is the share of the plain
+reference's experts that were found, `all K` the share of queries for which all of them were. Searches of other
+libraries take turns too if they are installed (`pip install -e .[bench]`, and torch). With several devices, flat keys
+are sharded over them; of product keys, the queries are.
 """
 
 import dataclasses
@@ -36,8 +36,8 @@ from lamini_jax.index import LOOKUPS
 from lamini_jax.memory import experts
 from lamini_jax.runtime import cli, processes, sharding, workdir
 
-EXPERTS_BYTES = 2**30  # at most; more of them than any cache holds cost the same
-CHECKED_SCORES = 2**26  # as many are sorted by the reference
+EXPERTS_BYTES = 2**30  # at most, for the gather; more than a cache holds cost the same
+CHECKED_SCORES = 2**26  # at most, for the reference to sort
 
 
 def define_flags() -> None:
@@ -49,8 +49,8 @@ def define_flags() -> None:
     flags.DEFINE_list("lookups", LOOKUPS.names(), "Which lookups.")
     flags.DEFINE_list("answering", ["16384", "131072", "1048576"], "Numbers of experts to answer with.")
     flags.DEFINE_integer("key_dim", 128, "Floats of a key.", lower_bound=1)
-    flags.DEFINE_enum("key_dtype", "float32", ["float32", "bfloat16"], "Of keys and queries.")
-    flags.DEFINE_float("seconds", 1.5, "That each contender is timed for, on average.", lower_bound=0)
+    flags.DEFINE_enum("key_dtype", "float32", ["float32", "bfloat16"], "Format of keys and queries.")
+    flags.DEFINE_float("seconds", 1.5, "Seconds for which each contender is timed, on average.", lower_bound=0)
     flags.DEFINE_integer("top_k", 32, "Experts to find per question.", lower_bound=1)
 
 
@@ -79,7 +79,7 @@ def read_options(values: flags.FlagValues) -> Options:
 
 
 def positive_integers(name: str, texts: list[str]) -> tuple[int, ...]:
-    """The values of a list flag. Raises UserError if one is no positive integer."""
+    """The values of a list flag. Raises UserError if one is not a positive integer."""
     for text in texts:
         if not text.strip().isdecimal() or int(text) < 1:
             raise UserError(f"--{name}={','.join(texts)}: {text!r} is not a positive whole number")
@@ -123,7 +123,7 @@ class Contender:
 
 
 def compiled(function, *arguments) -> Contender:
-    """A jitted function of arrays, compiled ahead, with what it needs beside its arguments."""
+    """A jitted function of arrays, compiled ahead, with the bytes of its arguments and temporaries."""
     executable = jax.jit(function).lower(*arguments).compile()
     analysis = executable.memory_analysis()
     memory = None if analysis is None else analysis.temp_size_in_bytes + analysis.argument_size_in_bytes
@@ -131,10 +131,10 @@ def compiled(function, *arguments) -> Contender:
 
 
 def take_turns(contenders: dict[str, Contender], seconds: float) -> None:
-    """Runs all in turn, after one turn that does not count: until each had its seconds, but three times at least.
+    """Runs all in turn, after one turn that does not count: until each had its seconds, but at least three times.
 
-    Whoever is quick runs once before it is timed: what the one before left in the caches, or gave back to the system
-    while its threads still spin, is not its doing. Several processes take the same turns, by the first one's clock.
+    A quick one runs once before it is timed, so that what the previous one left in the caches, or its threads that
+    still spin, do not count. Several processes take the same turns, by the first one's clock.
     """
     quick = {}
     for name, contender in contenders.items():
@@ -154,7 +154,7 @@ def take_turns(contenders: dict[str, Contender], seconds: float) -> None:
 
 
 def directions(seed: int, shape: tuple[int, ...], dtype: str, *axes: str | None):
-    """Random vectors of unit length, made where they lie."""
+    """Random vectors of unit length, made on the devices that keep them."""
 
     @jax.jit
     def draw(seed):
@@ -204,7 +204,7 @@ def share_found(ids_BK: np.ndarray, reference_BK: np.ndarray) -> tuple[float, fl
 def lookups_at(
     num_experts: int, batch: int, tables: dict, searches: dict[str, Search], bandwidth: float, options: Options
 ) -> Iterator[dict]:
-    """Rows for one N and one batch: ours, what they are measured against, and the peers, in turns."""
+    """Rows for one N and one batch: our lookups, their ceiling, and other libraries' searches, in turns."""
     k = options.top_k
     query_BC = directions(2, (batch, options.key_dim), options.key_dtype)
     contenders = {}
@@ -241,7 +241,7 @@ def lookups_at(
 def row_of(
     name: str, num_experts: int, batch: int, contender: Contender, ceiling: float | None, options: Options
 ) -> dict:
-    """What every row holds."""
+    """The fields that every row has."""
     return {
         "lookup": name,
         "num_experts": num_experts,
@@ -266,7 +266,7 @@ def gather_at(num_experts: int, batch: int, options: Options) -> dict:
     ids_BK = jax.random.randint(jax.random.key(3), (batch, options.top_k), 0, kept)
     count = min(ids_BK.size, kept)
     contenders = {"gather": compiled(experts.gather, experts_NR, ids_BK)}
-    if sharding.current_mesh() is None:  # on a mesh, even a copy would travel
+    if sharding.current_mesh() is None:  # on a mesh, even a copy would be sent between devices
         contenders["copy"] = compiled(functools.partial(copy_from, count=count), experts_NR, kept // 3)
     take_turns(contenders, options.seconds)
     gather = contenders["gather"]
@@ -277,7 +277,7 @@ def gather_at(num_experts: int, batch: int, options: Options) -> dict:
 
 
 def installed_peers(lookups: tuple[str, ...]) -> list[str]:
-    """The peers to run; says which are left out."""
+    """The other libraries' searches to run; prints which are left out."""
     names = []
     for name, peer in PEERS.items():
         if peer.lookup not in lookups:
@@ -292,7 +292,7 @@ def installed_peers(lookups: tuple[str, ...]) -> list[str]:
 
 
 def measure(options: Options) -> dict:
-    """All rows, and what the machine copies per second."""
+    """All rows, and how many bytes the machine copies per second."""
     peers = installed_peers(options.lookups)
     bandwidth = copy_bandwidth(options.seconds)
     device = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
@@ -357,7 +357,7 @@ def main() -> None:
     options = read_options(flags.FLAGS)
     cli.start(MeshConfig())
     identity = dataclasses.asdict(options)
-    del identity["seconds"]  # longer is less noisy, and no other measurement
+    del identity["seconds"]  # a longer measurement is less noisy, but the same
     directory = workdir.open_workdir(flags.FLAGS.workdir, identity)
     results = measure(options)
     workdir.write_json(directory / "results.json", results | {"environment": workdir.environment()})

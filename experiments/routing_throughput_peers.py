@@ -1,4 +1,4 @@
-"""Other libraries' searches, which `routing_throughput` runs beside ours where they are installed."""
+"""Other libraries' searches, which `routing_throughput` compares with ours if they are installed."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -11,8 +11,8 @@ Search = Callable[[np.ndarray, int], np.ndarray]  # query_BC, k -> ids_BK
 class Peer(NamedTuple):
     """A search by another library."""
 
-    module: str  # that it needs
-    lookup: str  # of ours, which has the same keys and finds the same
+    module: str  # the module that it needs
+    lookup: str  # our lookup that has the same keys and finds the same
     make: Callable[[np.ndarray], Search]
 
 

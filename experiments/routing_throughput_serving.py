@@ -1,6 +1,6 @@
-"""Answering as `lamini_jax.ask` does it: questions per second as N grows, and what part of their time is routing.
+"""A part of `routing_throughput`: answering as `lamini_jax.ask` does it.
 
-A part of `routing_throughput`.
+It measures questions per second as N grows, and the share of routing in their time.
 """
 
 import statistics
@@ -27,7 +27,7 @@ TURNS = 7
 
 
 def rows(sizes: tuple[int, ...], progress) -> list[dict]:
-    """One row for each lookup that training may use and each N that it can have. Experts add nothing: equal answers."""
+    """One row for each lookup that training may use and each N that it supports. Experts add nothing: equal answers."""
     model = frozen_model.load(Config())
     questions = equal_questions(model)
     cases = [(name, size) for name in LOOKUPS.names() for size in sizes if may_answer(name, size)]
@@ -45,7 +45,7 @@ def rows(sizes: tuple[int, ...], progress) -> list[dict]:
 
 
 def row_of(name: str, num_experts: int, seconds: float, routing_seconds: float) -> dict:
-    """What is known of a batch that took so long."""
+    """The row of a lookup, from the seconds for a batch and for its routing."""
     return {
         "lookup": name,
         "num_experts": num_experts,
@@ -68,7 +68,7 @@ def may_answer(name: str, num_experts: int) -> bool:
 
 
 def equal_questions(model: FrozenModel) -> list[str]:
-    """A batch of questions of one shape: a single compiled program answers them."""
+    """A batch of questions whose prompts have one shape: a single compiled program answers them."""
     pool = [qa.question for kind in world.KINDS for qa in world.held_out(kind, BATCH, 0)]
     commonest = max(batches.prompts(pool, model.tokenizer), key=lambda bucket: len(bucket.index_F))
     return [pool[i] for i in commonest.index_F[:BATCH]]
@@ -77,7 +77,7 @@ def equal_questions(model: FrozenModel) -> list[str]:
 def contender(
     name: str, num_experts: int, model: FrozenModel, questions: list[str]
 ) -> tuple[Callable[[], None], Callable[[], None]]:
-    """What answers the questions with a memory of so many experts, and what finds their experts alone."""
+    """Two functions: one answers the questions with a memory of `num_experts`, the other only finds their experts."""
     config = Config(memory=MemoryConfig(num_experts), router=RouterConfig(lookup=name, calibration_questions=256))
     router = routers.train(config, model, questions)
     ids_S = np.sort(np.random.default_rng(0).choice(num_experts, min(TRAINED, num_experts), replace=False))

@@ -5,9 +5,9 @@
 Examples: `key`, codes to be memorized (`--config.data.count` of them) that training showed once; `other`, as many
 codes that it showed once too; `text`, questions of the world's training split; `heldout`, questions that no training
 saw. Models: `underfit`, the same architecture trained from nothing on the same stream for a minute; `general`, the
-shipped backbone; `overfit`, a copy of it, all of whose weights were tuned on the key facts until their loss was near
-zero; `memory_tuned`, the backbone with memory experts for the key facts. `--config.data.facts` is not used. A killed
-run continues with the model that it was in.
+shipped backbone; `overfit`, a copy of it with all of its weights tuned on the key facts until their loss was near zero;
+`memory_tuned`, the backbone with memory experts for the key facts. `--config.data.facts` is not used. A killed run
+continues with the model that it was measuring.
 
 Takes 2.5 minutes on 2 x86-64 cores (jax 0.10.2). Expect, in nats per token of the four sets: underfit 3.45, 3.44,
 1.95, 2.23; general 3.11, 3.10, 0.039, 0.034; overfit 0.009, 6.53, 0.24, 0.25; memory-tuned 0.0002, 3.38, 0.039, 0.034.
@@ -39,12 +39,12 @@ ABOUT = {
     "memory_tuned": "memory experts tuned on the key facts",
 }
 TEXT = 240  # examples of the training split
-HIGH = 2.5  # nats per token, above which a loss is no longer medium
-LEAST_MEDIUM = 0.5  # nats per token, from which on it is
+HIGH = 2.5  # nats per token; a loss above it is high
+LEAST_MEDIUM = 0.5  # nats per token; a loss from here to HIGH is medium
 NEAR_ZERO = 0.01  # nats per token
 PAPER_LEVELS = {"underfit": 13.2, "general": 1.4}  # nats per token that Figure 6 names
 COLOURS = {"key": "tab:red", "other": "tab:orange", "text": "tab:blue", "heldout": "tab:green"}
-FLOOR = 1e-5  # nats, below which a loss is drawn as this
+FLOOR = 1e-5  # nats; smaller losses are drawn as this
 
 
 def define_flags() -> None:
@@ -68,7 +68,7 @@ def examples(count: int, seed: int) -> dict[str, list[Fact]]:
 def make_model(
     name: str, config: Config, model: FrozenModel, key: list[Fact], directory: Path, steps: int
 ) -> tuple[FrozenModel, AdapterFn]:
-    """One of the four models: a backbone and what is added to it."""
+    """One of the four models: a backbone and its adapters."""
     if name == "underfit":
         params = pretraining.train(config.backbone, model.tokenizer, 16, steps, directory / "underfit.safetensors")
         params = transformer.put(model.decoder, transformer.split_layers(params, config.memory.num_layers))
@@ -84,7 +84,7 @@ def make_model(
 def overfit(
     config: Config, model: FrozenModel, facts: list[Fact], enough: float = NEAR_ZERO
 ) -> tuple[FrozenModel, AdapterFn]:
-    """A copy, all of whose weights are tuned until facts cost less than `enough` nats per token, or for all epochs."""
+    """A copy with all weights tuned until facts cost less than `enough` nats per token, or for all epochs."""
     method = FullMethod.create(config, model, facts)
     steps = loop.epochs(method, method.init(), loop.new_progress(len(facts)))
     bar = processes.progress_bar(total=config.tuning.epochs, desc="all weights", unit="epoch")
@@ -114,14 +114,14 @@ def measure(
 
 
 def claims(results: dict) -> list[Claim]:
-    """What Figure 6 says of each model."""
+    """The claims of Figure 6, one for each model."""
     models = results["models"]
     mean = {
         name: {subset: float(np.mean(entry["losses"][subset])) for subset in SETS} for name, entry in models.items()
     }
     general, tuned, over = mean["general"], mean["memory_tuned"], mean["overfit"]
 
-    def told(name):
+    def summary(name):
         numbers = ", ".join(f"{label} {mean[name][subset]:.4f}" for subset, label in SETS.items())
         accuracy = f"{percent(models[name]['heldout']['accuracy'])} of held-out questions answered"
         recalled = f"{percent(models[name]['recall'])} of the key facts recalled"
@@ -131,12 +131,12 @@ def claims(results: dict) -> list[Claim]:
     return [
         Claim(
             "An underfit model has a high loss on every example (Figure 6: 13.2)",
-            told("underfit"),
+            summary("underfit"),
             {f"{label} cost more than {HIGH} nats": mean["underfit"][subset] > HIGH for subset, label in SETS.items()},
         ),
         Claim(
             "A general model has a medium loss on every example (Figure 6: about 1.4): it was never made to memorize",
-            told("general"),
+            summary("general"),
             {
                 f"{label} cost {LEAST_MEDIUM} to {HIGH} nats": LEAST_MEDIUM <= general[subset] <= HIGH
                 for subset, label in SETS.items()
@@ -144,7 +144,7 @@ def claims(results: dict) -> list[Claim]:
         ),
         Claim(
             "An overfit model has a low loss on what it was trained on, and a bad eval loss (Figure 6)",
-            told("overfit"),
+            summary("overfit"),
             {
                 f"key facts cost less than {2 * NEAR_ZERO} nats": over["key"] < 2 * NEAR_ZERO,
                 "held-out text costs more than twice what it costs the general model": over["heldout"]
@@ -153,7 +153,7 @@ def claims(results: dict) -> list[Claim]:
         ),
         Claim(
             "A memory-tuned model has a low loss on the key facts and the general model's everywhere else (Figure 6)",
-            told("memory_tuned"),
+            summary("memory_tuned"),
             {
                 f"key facts cost less than {NEAR_ZERO} nats, and all are recalled": (
                     tuned["key"] < NEAR_ZERO and models["memory_tuned"]["recall"] == 1
@@ -191,7 +191,7 @@ def draw(results: dict, path: Path) -> None:
             start += len(losses_F)
         if name in PAPER_LEVELS:
             axis.axhline(PAPER_LEVELS[name], color="k", ls=":", label=f"paper: {PAPER_LEVELS[name]} everywhere")
-        axis.set(title=f"{name}: {results['about'][name]}", yscale="log", ylim=(FLOOR / 100, None))  # the legend's room
+        axis.set(title=f"{name}: {results['about'][name]}", yscale="log", ylim=(FLOOR / 100, None))  # for the legend
         axis.grid(alpha=0.3)
         axis.legend(fontsize="small", loc="lower center", ncols=2)
     for axis in axes[:, 0]:

@@ -2,8 +2,8 @@
 
     python -m experiments.step_cost --workdir=runs/step_cost
 
-Both memories take steps in turn on the same facts, which have the same experts. 10 seconds on 2 x86-64 cores
-(jax 0.10.2).
+Both memories take steps in turn on the same facts, which have the same experts in both. Takes 10 seconds on 2 x86-64
+cores (jax 0.10.2).
 """
 
 import dataclasses

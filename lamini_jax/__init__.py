@@ -1,4 +1,4 @@
-"""Lamini-1 in JAX: a mixture of memory experts beside a frozen language model.
+"""Lamini-1 in JAX: a frozen language model with a mixture of memory experts.
 
     import lamini_jax
 

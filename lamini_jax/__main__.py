@@ -4,14 +4,14 @@ import runpy
 import sys
 
 COMMANDS = {
-    "tune": "tunes your own facts until every one of them holds",
+    "tune": "trains a memory until it returns each of your facts exactly",
     "ask": "answers questions with a tuned memory",
     "export": "writes a memory, an adapter or a backbone for use elsewhere",
 }
 
 
 def main() -> None:
-    """Hands the rest of the command line to the command that it names first."""
+    """Runs the command that the first argument names, with the remaining arguments."""
     name = sys.argv[1] if len(sys.argv) > 1 else "--help"
     if name in ("--help", "-h"):
         print("usage: lamini-jax COMMAND [--FLAG=VALUE ...]\n")

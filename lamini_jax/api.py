@@ -1,4 +1,4 @@
-"""What programs use: tune facts, load a tuned memory and ask it, load a backbone. The commands are thin over it."""
+"""The Python API: tune a memory on facts, load and ask it, load a backbone. The commands are thin wrappers of it."""
 
 import dataclasses
 import json
@@ -33,11 +33,11 @@ class Answer:
     text: str
     probability: float  # of its least likely token
     experts: list[int]  # that the question selected
-    trained_experts: int  # of these: all for a question as it was tuned, fewer for most others
+    trained_experts: int  # how many of them are trained: all for a question as it was tuned, fewer for most others
 
 
 class Memory:
-    """A tuned memory beside its backbone, ready to answer questions."""
+    """A tuned memory with its backbone, ready to answer questions."""
 
     def __init__(self, config: Config, model: FrozenModel, stored: StoredMemory):
         self.config, self.model = config, model
@@ -52,7 +52,7 @@ class Memory:
         temperature: float = 0.0,
         seed: int = 0,
     ) -> Answer | list[Answer]:
-        """The answer to a question, or the answers to several, which are asked in batches.
+        """The answer to a question, or the answers to several, which are answered in batches.
 
         Decoding is greedy unless a temperature is given. Raises UserError for a question that cannot be asked.
         """
@@ -78,14 +78,14 @@ class Memory:
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """A directory that holds a memory, with its config: what it needs is known before anything large is read."""
+    """A directory that holds a memory, and its config, which is known before anything large is read."""
 
     directory: Path
     config: Config
     is_export: bool
 
     def with_backbone(self, path: str | None) -> "Source":
-        """The same memory beside the backbone at another place. Raises UserError for one of another shape."""
+        """The same memory with its backbone at another path. Raises UserError for a backbone of another shape."""
         if path is None:
             return self
         known = self.config.backbone
@@ -96,7 +96,7 @@ class Source:
         return dataclasses.replace(self, config=dataclasses.replace(self.config, backbone=found))
 
     def load(self, lookup: str | None = None) -> Memory:
-        """The memory, with its backbone. Raises UserError if it is damaged, or was tuned beside other weights."""
+        """The memory, with its backbone. Raises UserError if it is damaged, or was tuned with other weights."""
         router = self.config.router
         if lookup not in (None, "approximate"):
             raise UserError(f"--lookup={lookup}: must be approximate")
@@ -116,7 +116,7 @@ class Source:
 
 
 def run_source(directory: str | os.PathLike) -> Source:
-    """The memory in a work directory of `tune`. Raises UserError if nothing has finished there."""
+    """The memory in a work directory of `tune`. Raises UserError if no run has finished there."""
     return Source(Path(directory), storage.run_config(Path(directory)), is_export=False)
 
 
@@ -149,7 +149,7 @@ logits = transformer.logits
 
 @dataclasses.dataclass(frozen=True)
 class TuneResult:
-    """What tuning came to, which is also in the work directory's results.json."""
+    """The result of tuning, which is also in the work directory's results.json."""
 
     facts: int
     holding: int  # certified and recalled
@@ -161,11 +161,12 @@ class TuneResult:
 
 
 def tune(facts: Facts, directory: str | os.PathLike, config: Config | None = None) -> TuneResult:
-    """Tunes facts until every one of them is certified and recalled exactly, or the budget of epochs ends.
+    """Tunes a memory until every fact is certified and recalled exactly, or the budget of epochs ends.
 
-    `facts` is a JSONL file or mappings with "question" and "answer". The directory gets checkpoints, recall.jsonl (what
-    the model really answers to every question) and results.json. Called again, it continues where it was stopped; a
-    result whose facts all hold is returned as it is. Raises UserError for bad facts, or for a directory of another run.
+    `facts` is a JSONL file or mappings with "question" and "answer". The directory gets config.json, checkpoints,
+    recall.jsonl (what the model really answers to every question) and results.json. Called again, it continues where it
+    was stopped; a finished result whose facts all hold is returned at once. Raises UserError for bad facts, or for a
+    directory of another run.
     """
     from lamini_jax import training  # here, so that answering imports no training
     from lamini_jax.configure import configure
@@ -200,7 +201,7 @@ def tune(facts: Facts, directory: str | os.PathLike, config: Config | None = Non
 
 
 def read_facts(facts: Facts, config: Config) -> list[Fact]:
-    """Facts that the backbone of this config can carry. Raises UserError, saying where, for one that it cannot."""
+    """Facts that the backbone of this config can represent. Raises UserError, saying where, for one that it cannot."""
     arguments = checkpoints.load_tokenizer(config.backbone), config.backbone.max_seq_len
     if isinstance(facts, str | os.PathLike):
         return facts_lib.read_jsonl(os.fspath(facts), *arguments)
@@ -210,7 +211,7 @@ def read_facts(facts: Facts, config: Config) -> list[Fact]:
 
 
 def run_identity(config: Config, facts: Sequence[Fact], weights: str) -> dict[str, Any]:
-    """What a work directory is bound to: facts, weights, and all settings but the budget of epochs."""
+    """What a work directory belongs to: facts, weights, and `config.identity` without the budget of epochs."""
     values = identity(config)
     del values["tuning"]["epochs"]
     return {"config": values, "facts": facts_lib.fingerprint(facts), "weights": weights}

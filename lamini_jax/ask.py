@@ -4,11 +4,11 @@
     python -m lamini_jax.ask --workdir=DIR
     python -m lamini_jax.ask --workdir=DIR --questions=FILE.jsonl --output=OUT.jsonl
 
-The first prints the answer alone, as it is made. The second answers each line of the standard input with one line. The
-third answers a file of lines {"question": "..."} and writes them to OUT.jsonl with "generated" added to each.
---memory=OUT, from `lamini_jax.export`, serves in place of --workdir. --details adds how sure the answer is, the
-smallest probability among its tokens, and the experts that the question selected, with how many of them facts have
-trained: all of them for a question as it was tuned, fewer for others as long as most experts are untrained.
+The first prints only the answer, as it is generated. The second answers each line of the standard input with one line.
+The third answers a file of lines {"question": "..."} and writes them to OUT.jsonl with "generated" added to each.
+--memory=DIR, a directory that `lamini_jax.export` wrote, replaces --workdir. --details adds how sure the answer is (the
+smallest probability among its tokens), the experts that the question selected, and how many of these are trained: all
+for a question as it was tuned, fewer for others as long as most experts are untrained.
 """
 
 import sys
@@ -20,15 +20,15 @@ from lamini_jax.config import MeshConfig
 from lamini_jax.errors import UserError
 from lamini_jax.runtime import cli
 
-_WORKDIR = flags.DEFINE_string("workdir", None, "Directory that `lamini_jax.tune` has finished with.")
-_MEMORY = flags.DEFINE_string("memory", None, "Directory that `lamini_jax.export` has written.")
+_WORKDIR = flags.DEFINE_string("workdir", None, "Work directory of a finished `lamini_jax.tune`.")
+_MEMORY = flags.DEFINE_string("memory", None, "Directory that `lamini_jax.export` wrote.")
 _BACKBONE = flags.DEFINE_string("backbone", None, "Where the checkpoint of the backbone is, if it has moved.")
 _QUESTION = flags.DEFINE_string("question", None, "One question.")
-_QUESTIONS = flags.DEFINE_string("questions", None, "JSONL file with many.")
-_OUTPUT = flags.DEFINE_string("output", None, "Where the answers to --questions go.")
+_QUESTIONS = flags.DEFINE_string("questions", None, "JSONL file with many questions.")
+_OUTPUT = flags.DEFINE_string("output", None, "File for the answers to --questions.")
 _DETAILS = flags.DEFINE_bool("details", False, "Adds the smallest probability of a token, and the selected experts.")
-_TEMPERATURE = flags.DEFINE_float("temperature", 0.0, "Samples at this temperature; 0: the likeliest tokens.", 0.0)
-_SEED = flags.DEFINE_integer("seed", 0, "Of the samples.", lower_bound=0)
+_TEMPERATURE = flags.DEFINE_float("temperature", 0.0, "Samples at this temperature; 0: takes the likeliest.", 0.0)
+_SEED = flags.DEFINE_integer("seed", 0, "Seed of the samples.", lower_bound=0)
 _LOOKUP = flags.DEFINE_enum("lookup", None, ["approximate"], "Faster on a TPU than exact, and misses some experts.")
 _MESH_MODEL = flags.DEFINE_integer("mesh_model", 1, "Devices among which each layer is divided; -1: all.")
 cli.define_processes()
@@ -40,7 +40,7 @@ def main() -> None:
     if (_QUESTIONS.value is None) != (_OUTPUT.value is None):
         raise UserError("--questions=FILE.jsonl and --output=OUT.jsonl go together")
     if _QUESTION.value is None and _QUESTIONS.value is None and flags.FLAGS.multihost:
-        raise UserError("--multihost: several processes share no standard input; give --question or --questions")
+        raise UserError("--multihost: processes cannot share a standard input; give --question or --questions")
     if (_WORKDIR.value is None) == (_MEMORY.value is None):
         raise UserError("give either --workdir=DIR or --memory=DIR")
     source = api.run_source(_WORKDIR.value) if _MEMORY.value is None else api.export_source(_MEMORY.value)

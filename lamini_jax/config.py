@@ -1,12 +1,12 @@
-"""Every number that a run depends on, as frozen dataclasses, and the presets that name useful sets of them.
+"""All settings of a run, as frozen dataclasses, and presets that name useful sets of them.
 
 A config file (`experiments/configs/*.py`) defines `get_config()`, which returns `to_config_dict(some_preset())`;
 the command line overrides single fields of it (`--config.memory.num_experts=65536`), and `from_config_dict` turns
 the result back into the frozen, checked form that the rest of the package takes.
 
-All groups but `execution` decide numbers: they are the `identity` of a run. `execution` says how it is carried out, and
-a run may continue under another one, on other devices. Names that are entries of a registry (a target, a lookup, a
-router, a data set, an optimizer) are checked by that registry.
+All groups except `execution` decide the results of a run: without the path of the backbone, they are its `identity`.
+`execution` says how a run is carried out, and may change when a run is continued, for example on other devices. Names
+of entries of a registry (a target, a lookup, a router, a data set, an optimizer) are checked by that registry.
 """
 
 import dataclasses
@@ -26,7 +26,7 @@ CERTIFIED_LOSS = math.log(2)
 CERTIFIED_LOSS_BFLOAT16 = 0.576
 
 Dtype = Literal["float32", "bfloat16"]
-# Bounds that a field's metadata may name -> (how a number must compare, how a message says it).
+# Bounds that a field's metadata may name -> (the comparison that must hold, the words for it in a message).
 _BOUNDS = {
     "at_least": (operator.ge, "must be at least"),
     "above": (operator.gt, "must be above"),
@@ -35,7 +35,7 @@ _BOUNDS = {
 
 
 def _number(default: float, **bounds: float) -> Any:
-    """A field with a number that has bounds; none may be NaN or infinite."""
+    """A field with a number within bounds; NaN and infinities are never allowed."""
     return dataclasses.field(default=default, metadata=bounds)
 
 
@@ -43,12 +43,12 @@ def _number(default: float, **bounds: float) -> Any:
 class BackboneConfig:
     """A Llama-family decoder: RMSNorm, rotary positions, grouped-query attention, SwiGLU.
 
-    With a `path`, all of it but `system`, `max_seq_len` and `dtype` is read from the checkpoint there.
+    With a `path`, all fields except `system`, `max_seq_len` and `dtype` are read from the checkpoint there.
     """
 
     path: str = ""  # a directory in Hugging Face format, or a name on its Hub; empty: the backbone that ships
-    system: str = ""  # a message that goes before every question, in training too; empty: none
-    family: str = "llama"  # a module of backbone/checkpoints/families: what the checkpoint's config.json calls it
+    system: str = ""  # the chat template's system message, before every question, in training too; empty: none
+    family: str = "llama"  # the model_type in the checkpoint's config.json; a module of backbone/checkpoints/families
     vocab_size: int = _number(256, at_least=1)
     num_layers: int = _number(4, at_least=2)
     embed_dim: int = _number(128, at_least=1)
@@ -60,16 +60,16 @@ class BackboneConfig:
     rope_theta: float = _number(10_000.0, above=0)
     rope_scaling: Literal["none", "linear", "llama3"] = "none"  # of the rotary frequencies
     rope_factor: float = _number(1.0, above=0)
-    # llama3: rotations within the original length below which a frequency is divided, and above which it stays
+    # llama3: a frequency with fewer turns within the original length is divided, one with more turns is kept
     rope_low_freq_factor: float = 1.0
     rope_high_freq_factor: float = 4.0
     rope_original_max_seq_len: int = _number(8192, at_least=1)
-    sliding_window: int = _number(0, at_least=0)  # tokens that a token sees, itself included; 0: all before it
+    sliding_window: int = _number(0, at_least=0)  # tokens that a token attends to, itself included; 0: all before it
     norm_eps: float = _number(1e-5, at_least=0)
     tied_embeddings: bool = True
     qkv_bias: bool = False
-    qk_norm: bool = False  # of each head's queries and keys
-    dtype: Dtype = "float32"  # of the multiplications; sums are float32 always
+    qk_norm: bool = False  # a norm of each head's queries and keys
+    dtype: Dtype = "float32"  # of weights and multiplications; sums are always float32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,7 +92,7 @@ class RouterConfig:
     key_dim: int = _number(64, at_least=1)
     ridge: float = _number(1e-3, above=0)  # of the whitening, relative to the largest variance
     learning_rate: float = _number(1e-3, at_least=0)  # of the one epoch in which the query projection is trained
-    # Questions of the generated world that whiten and train, beside the facts' own.
+    # Questions of the generated world that whiten and train the router, in addition to the facts' questions.
     calibration_questions: int = _number(4096, at_least=2)
 
 
@@ -102,12 +102,12 @@ class OptimizerConfig:
 
     name: str = "adafactor"
     learning_rate: float = _number(4e-2, above=0)
-    schedule: Literal["constant", "linear"] = "constant"  # linear: down to zero at the end of the budget of epochs
+    schedule: Literal["constant", "linear"] = "constant"  # linear: falls to zero at the end of the budget of epochs
 
 
 @dataclasses.dataclass(frozen=True)
 class TuningConfig:
-    """Memory tuning: the optimizer of the selected experts, and the budget that all methods of training share."""
+    """Memory tuning: the optimizer of the selected experts. All training methods use `epochs` and `batch_size`."""
 
     optimizer: OptimizerConfig = OptimizerConfig()
     epochs: int = _number(100, at_least=1)
@@ -119,7 +119,7 @@ class LoraConfig:
     """The baseline of the paper (appendix A): one LoRA of this rank on every linear layer."""
 
     rank: int = _number(32, at_least=1)
-    # Down to zero: at a fixed rate that memorizes, training blows up again once losses are near zero.
+    # Falls to zero: at a constant rate that is high enough to memorize, training diverges once losses are near zero.
     optimizer: OptimizerConfig = OptimizerConfig(learning_rate=4e-3, schedule="linear")
 
 
@@ -141,21 +141,21 @@ class DataConfig:
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    """Devices along each axis of the mesh; -1: what the other leaves."""
+    """Devices along each axis of the mesh; -1: all devices that the other axis leaves."""
 
-    data: int = -1  # experts, facts and batches are divided among these
-    model: int = 1  # the backbone's layers and the columns of experts are
+    data: int = -1  # devices among which experts, facts and batches are divided
+    model: int = 1  # devices among which the backbone's layers and the columns of experts are divided
 
 
 @dataclasses.dataclass(frozen=True)
 class ExecutionConfig:
-    """How a run is carried out: another value changes no result, but for the order in which sums are rounded."""
+    """How a run is carried out. Other values change no result, except that sums may be rounded in another order."""
 
     mesh: MeshConfig = MeshConfig()
-    # Of each device for the facts' prefix activations; what exceeds it stays on the host.
+    # Memory of each device for the facts' prefix activations; what exceeds it stays on the host.
     cache_gb: float = _number(4.0, at_least=0)
     remat: bool = False  # compute the suffix's activations a second time instead of keeping them
-    reading_batch: int = _number(64, at_least=1)  # questions that are read or answered at once
+    reading_batch: int = _number(64, at_least=1)  # questions that are read or answered in one batch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -174,14 +174,14 @@ class Config:
 
 
 def identity(config: Config) -> dict[str, Any]:
-    """What decides the numbers of a run, as JSON has it: not how it is carried out, nor where the weights are."""
+    """The settings that decide the results of a run: all but how it is carried out and where the weights are."""
     values = dataclasses.asdict(config)
     del values["execution"], values["backbone"]["path"]
     return values
 
 
 def certified_loss(dtype: str) -> float:
-    """Below it in every token, greedy decoding returns the answer (the margin of bfloat16 is wider)."""
+    """If every token's loss is below this, greedy decoding returns the answer (bfloat16 needs a wider margin)."""
     return CERTIFIED_LOSS if dtype == "float32" else CERTIFIED_LOSS_BFLOAT16
 
 
@@ -208,7 +208,7 @@ LLAMA3_8B = BackboneConfig(
     num_kv_heads=8,
     head_dim=128,
     mlp_dim=14_336,
-    max_seq_len=1024,  # of the 8,192: facts are short, and the cache of keys and values need not be long
+    max_seq_len=1024,  # of 8,192: facts are short, so the cache of keys and values can be short too
     rope_theta=500_000.0,
     tied_embeddings=False,
     dtype="bfloat16",
@@ -217,11 +217,11 @@ LLAMA3_70B = dataclasses.replace(LLAMA3_8B, num_layers=80, embed_dim=8192, num_h
 
 
 def large(backbone: BackboneConfig, num_experts: int) -> Config:
-    """Memory for a large backbone on a pod of TPUs, whose chips divide each layer among 16 of them.
+    """Memory for a large backbone on a pod of TPUs, with each layer divided among 16 chips.
 
-    On `down_proj`, which memorizes in the fewest epochs, of the last four layers: experts in bfloat16 are then what
-    counts, for Llama 3 8B 147 kB each, and 2^24 of them 9.7 GB on each of 256 chips. Adafactor keeps one number per
-    float of the experts that facts have selected, Adam would keep two.
+    Experts are on `down_proj`, which memorizes in the fewest epochs, of the last four layers. They take most of the
+    space: for Llama 3 8B 147 kB each in bfloat16, so that 2^24 of them take 9.7 GB on each of 256 chips. For every
+    float of the experts that facts have selected Adafactor keeps one number; Adam would keep two.
     """
     return Config(
         backbone=backbone,
@@ -233,9 +233,9 @@ def large(backbone: BackboneConfig, num_experts: int) -> Config:
 
 
 def one_accelerator(path: str) -> Config:
-    """A checkpoint in Hugging Face format beside a million experts, on one accelerator of 141 GB or on several.
+    """A checkpoint in Hugging Face format with a million experts, on one accelerator of 141 GB or on several.
 
-    On `down_proj` of the last two layers. For 7 or 8 billion parameters that is 16 GB of weights and 77 GB of experts.
+    Experts are on `down_proj` of the last two layers. With 7 or 8 billion parameters, weights are 16 GB, experts 77 GB.
     """
     return Config(
         backbone=BackboneConfig(path=path, max_seq_len=1024, dtype="bfloat16"),
@@ -247,12 +247,12 @@ def one_accelerator(path: str) -> Config:
 
 
 def to_config_dict(config: Config) -> ml_collections.ConfigDict:
-    """The form that absl's config flags can override."""
+    """The config as a ConfigDict, whose fields absl's config flags can override."""
     return ml_collections.ConfigDict(dataclasses.asdict(config))
 
 
 def from_config_dict(values: Any, resolve: Callable[[BackboneConfig], BackboneConfig] | None = None) -> Config:
-    """The frozen form of a ConfigDict or of a saved config's JSON. Raises UserError if it makes no sense.
+    """The Config in a ConfigDict or in a saved config's JSON. Raises UserError if it is invalid.
 
     `resolve` fills in what the checkpoint at `backbone.path` decides (`backbone.checkpoints.resolve`).
     """
@@ -269,7 +269,7 @@ def from_config_dict(values: Any, resolve: Callable[[BackboneConfig], BackboneCo
 
 
 def ranges(cls: type = Config, prefix: str = "") -> dict[str, str]:
-    """What each field of a config may be, by its dotted name, for those that may not be everything of their type."""
+    """By dotted name, the rule for the values of each field that does not allow every value of its type."""
     found = {}
     for field in dataclasses.fields(cls):
         name = f"{prefix}{field.name}"
@@ -311,5 +311,5 @@ def _require(holds: bool, name: str, value: Any, rule: str) -> None:
 
 
 def get_config() -> ml_collections.ConfigDict:
-    """This file is a config file too: the one that commands take when no `--config` is given."""
+    """This file is also a config file: the one that commands use when no `--config` is given."""
     return to_config_dict(tiny())

@@ -12,10 +12,9 @@ from lamini_jax.training import optimizers
 
 
 def configure(values: Any) -> Config:
-    """The config in a ConfigDict, with what the checkpoint at its `backbone.path` decides.
+    """The config in a ConfigDict, with the fields that the checkpoint at its `backbone.path` decides.
 
-    Raises UserError for what makes no sense, for a name that no registry has, and for a checkpoint that is not the one
-    described.
+    Raises UserError for invalid values, for a name that no registry has, and for a checkpoint that contradicts a field.
     """
     config = from_config_dict(values, checkpoints.resolve)
     experts.check_target(config.memory.target)
@@ -23,7 +22,7 @@ def configure(values: Any) -> Config:
     routers.KINDS[config.router.kind]
     lookup = LOOKUPS[config.router.lookup]
     if not lookup.ALWAYS_FINDS_THE_SAME:
-        raise UserError(f"--config.router.lookup={config.router.lookup}: may miss experts; it serves and cannot tune")
+        raise UserError(f"--config.router.lookup={config.router.lookup}: may miss experts; it can serve but not tune")
     lookup.check(config.memory.num_experts, config.router.key_dim)
     for field in ("tuning", "lora", "full"):
         optimizers.check(getattr(config, field).optimizer, f"{field}.optimizer")

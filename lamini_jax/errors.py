@@ -1,16 +1,16 @@
-"""The one error that users cause, and how a command exits on it."""
+"""The error for mistakes that users can fix, and the exit statuses of the commands."""
 
 BAD_INPUT = 2
 FACTS_DO_NOT_HOLD = 3
-DOES_NOT_FIT = 4  # the chips' memory
-DEVICES = 5  # a mesh or a topology that the devices are not
+DOES_NOT_FIT = 4  # out of memory, or too large for the chips that it is compiled for
+DEVICES = 5  # a mesh that does not match the devices, a slice that does not exist, or no usable device
 PROCESS_LOST = 6  # a coordinator that cannot be reached, another process that died
-OTHER_RUN = 7  # a directory or a checkpoint of another config or of other facts
+OTHER_RUN = 7  # a directory or a checkpoint of another config, other facts, other weights or another router
 PREEMPTED = 75  # everything is saved: start again (EX_TEMPFAIL of sysexits.h)
 
 
 class UserError(Exception):
-    """Something that whoever runs a command can put right: one line that says what, where and how."""
+    """A mistake that the user can fix. Its message is one line: what is wrong, where, and how to fix it."""
 
     def __init__(self, message: str, status: int = BAD_INPUT):
         super().__init__(message)

@@ -4,10 +4,10 @@
     python -m lamini_jax.export --workdir=DIR --output=OUT --format=peft --question="..."
     python -m lamini_jax.export --output=OUT --format=backbone [--workdir=DIR]
 
-The first writes the memory (of these questions alone, if some are given) as safetensors and JSON, which `ask
---memory=OUT` serves wherever the backbone is. The second writes the experts of a question as an ordinary LoRA adapter,
-which peft, vLLM and others load beside the same backbone. The third writes the backbone of a run, or the one that
-ships, in Hugging Face format.
+The first writes the memory (with --questions, only the experts of these questions) as safetensors and JSON; `ask
+--memory=OUT` answers from it on any machine that has the backbone. The second writes the experts of a question as an
+ordinary LoRA adapter, which peft, vLLM and others load together with the same backbone. The third writes the backbone
+of a run, or the one that ships, in Hugging Face format; a checkpoint in that format is copied as it is.
 """
 
 from absl import flags
@@ -17,11 +17,11 @@ from lamini_jax.config import Config, MeshConfig
 from lamini_jax.errors import UserError
 from lamini_jax.runtime import cli, sharding
 
-_WORKDIR = flags.DEFINE_string("workdir", None, "Directory that `lamini_jax.tune` has finished with.")
+_WORKDIR = flags.DEFINE_string("workdir", None, "Work directory of a finished `lamini_jax.tune`.")
 _OUTPUT = flags.DEFINE_string("output", None, "Directory to write; it must not exist.", required=True)
 _FORMAT = flags.DEFINE_enum("format", "memory", ["memory", "peft", "backbone"], "What to write.")
 _QUESTION = flags.DEFINE_string("question", None, "The question whose experts --format=peft writes.")
-_QUESTIONS = flags.DEFINE_string("questions", None, "JSONL file with the questions whose experts are enough.")
+_QUESTIONS = flags.DEFINE_string("questions", None, "JSONL file: writes only the experts of its questions.")
 _BACKBONE = flags.DEFINE_string("backbone", None, "Where the checkpoint of the backbone is, if it has moved.")
 
 

@@ -25,17 +25,17 @@ _README = """\
 base_model: {base}
 library_name: peft
 ---
-The {top_k} experts of one question as a LoRA adapter of rank {top_k}, beside the model at `{base}`.
+The {top_k} experts of one question as a LoRA adapter of rank {top_k}, for the model at `{base}`.
 
     peft.PeftModel.from_pretrained(transformers.AutoModelForCausalLM.from_pretrained("{base}"), "HERE")
     vllm serve {base} --enable-lora --max-lora-rank {rank} --lora-modules memory=HERE
 
-vLLM's own limit is rank 16, and it refuses a larger one without `--max-lora-rank`.
+vLLM refuses ranks above 16 unless `--max-lora-rank` allows them.
 """
 
 
 def memory(source: Source, questions: str | None, output: str) -> str:
-    """Writes the memory, or of its experts those of the questions in a file; says what it wrote."""
+    """Writes the memory, or only the experts of the questions in a file; returns a description of what it wrote."""
     config = source.config
     tokenizer, max_seq_len = checkpoints.load_tokenizer(config.backbone), config.backbone.max_seq_len
     asked = questions and [record["question"] for record in facts.read_questions(questions, tokenizer, max_seq_len)]
@@ -48,7 +48,7 @@ def memory(source: Source, questions: str | None, output: str) -> str:
 
 
 def peft(source: Source, question: str, output: str) -> str:
-    """Writes the experts of a question in the format of the peft library; says what it wrote."""
+    """Writes the experts of a question in the format of the peft library; returns a description of what it wrote."""
     config = source.config
     tokenizer = checkpoints.load_tokenizer(config.backbone)
     facts.check_question(question, tokenizer, config.backbone.max_seq_len, "--question")
@@ -56,7 +56,7 @@ def peft(source: Source, question: str, output: str) -> str:
         (bucket,) = batches.prompts([question], tokenizer)
         adapters = source.load().adapter_fn(bucket.tokens_FT, bucket.length_F)
         base = config.backbone.path
-        if not base:  # the backbone that ships, which no other library can find: it goes along
+        if not base:  # the backbone that ships: other libraries cannot find it, so it is written too
             base = os.path.abspath(Path(output) / _BASE)
             (directory / _BASE).mkdir()
             checkpoints.export(config.backbone, directory / _BASE)
@@ -66,14 +66,17 @@ def peft(source: Source, question: str, output: str) -> str:
 
 
 def backbone(config: Config, output: str) -> str:
-    """Writes a backbone in Hugging Face format with its tokenizer; says what it wrote."""
+    """Writes a backbone with its tokenizer in Hugging Face format; returns a description of what it wrote.
+
+    A checkpoint that is in this format already is copied.
+    """
     with _new_directory(output) as directory:
         checkpoints.export(config.backbone, directory)
         return "the backbone"
 
 
 def save_peft(directory: Path, config: Config, adapters: Adapters, base: str) -> None:
-    """Writes the adapters of one question beside the model at `base`; the gates are in its B matrices."""
+    """Writes the adapters of one question for the model at `base`; their B matrices include the gates."""
     c, target = config, config.memory.target
     half, first = transformer.LINEAR_LAYERS[target].half, c.backbone.num_layers - c.memory.num_layers
     down_MBKI, up_MBKO = (np.asarray(part) for part in adapters.suffix[target])
@@ -104,13 +107,13 @@ def save_peft(directory: Path, config: Config, adapters: Adapters, base: str) ->
 
 
 def _vllm_rank(rank: int) -> int:
-    """The least of the ranks that vLLM can be told which has room for this one."""
+    """The smallest --max-lora-rank that vLLM accepts and that is not below this rank."""
     return next((allowed for allowed in _VLLM_RANKS if allowed >= rank), rank)
 
 
 @contextlib.contextmanager
 def _new_directory(output: str) -> Iterator[Path]:
-    """A directory to fill, which has its name when it is whole and not before."""
+    """A directory to fill, which gets its final name only when it is complete."""
     path = Path(output)
     if path.exists():
         raise UserError(f"--output={path}: exists already; name another directory")

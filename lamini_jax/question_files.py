@@ -1,4 +1,4 @@
-"""What `ask` reads and prints: one question, the lines of the standard input, or a file of them."""
+"""What `ask` reads and prints: one question, the lines of the standard input, or a file of questions."""
 
 import dataclasses
 import json
@@ -12,12 +12,12 @@ from lamini_jax.data import facts
 from lamini_jax.errors import UserError
 from lamini_jax.runtime import processes, workdir
 
-_DETAILS = ("probability", "trained_experts", "expert_ids")  # what --details adds to a line of answers
+_DETAILS = ("probability", "trained_experts", "expert_ids")  # fields that --details adds to a line of answers
 
 
 @dataclasses.dataclass(frozen=True)
 class Asking:
-    """Where questions go and how they are answered. What is wrong with a question is found before anything loads."""
+    """The memory that is asked, and how it answers. Questions of a flag or a file are checked before it is loaded."""
 
     source: Source
     lookup: str | None = None
@@ -31,7 +31,7 @@ class Asking:
         self._print(self.source.load(self.lookup), question, self.seed)
 
     def lines(self, lines: Iterable[bytes]) -> None:
-        """Prints the answer to each line; blank ones are skipped. Raises UserError at the end if some had none."""
+        """Prints the answer to each line that is not blank. Raises UserError at the end if some were not answered."""
         memory, refused = self.source.load(self.lookup), 0
         for number, line in enumerate(lines, 1):
             where = f"standard input, line {number}"
@@ -74,7 +74,7 @@ class Asking:
         facts.check_question(question, checkpoints.load_tokenizer(config), config.max_seq_len, where)
 
     def _print(self, memory: Memory, question: str, seed: int) -> None:
-        """What may still become another character waits."""
+        """Prints the answer as it grows; the bytes of an incomplete character wait for those that complete it."""
         printed = ""
         for answer in memory.stream(question, self.temperature, seed):
             text = answer.text.rstrip("\ufffd")

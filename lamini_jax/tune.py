@@ -1,10 +1,11 @@
-"""Tunes your own facts until every one of them is certified and recalled exactly.
+"""Tunes a memory on your own facts until every one of them is certified and recalled exactly.
 
     python -m lamini_jax.tune --facts=FACTS.jsonl --workdir=DIR
 
-FACTS.jsonl has a line {"question": "...", "answer": "..."} per fact. DIR gets checkpoints, recall.jsonl (what the model
-really answers to every question) and results.json. Run again, it continues where it was stopped. Exit status 0 if all
-facts hold, 3 if the budget of epochs ended first (a larger --config.tuning.epochs continues).
+FACTS.jsonl has a line {"question": "...", "answer": "..."} per fact. DIR gets config.json, checkpoints, recall.jsonl
+(what the model really answers to every question) and results.json. Run again, it continues where it was stopped. The
+exit status is 0 if all facts hold (are certified and recalled), 3 if the budget of epochs ended before that (a larger
+--config.tuning.epochs continues).
 """
 
 from absl import flags
@@ -26,12 +27,12 @@ def main() -> None:
     result = api.tune(_FACTS.value, _WORKDIR.value, config)
     processes.print_once(
         f"{result.recalled} of {result.facts} facts recalled exactly, {result.certified} certified, after "
-        f"{result.epochs} epochs ({result.seconds:.0f} s); {_WORKDIR.value}/recall.jsonl has them all"
+        f"{result.epochs} epochs ({result.seconds:.0f} s); all answers are in {_WORKDIR.value}/recall.jsonl"
     )
     if result.holding < result.facts:
         raise UserError(
             f"the budget of {config.tuning.epochs} epochs ended with {result.facts - result.holding} of {result.facts} "
-            f"facts that do not hold; continue with --config.tuning.epochs={2 * config.tuning.epochs}",
+            f"facts not yet certified and recalled; continue with --config.tuning.epochs={2 * config.tuning.epochs}",
             status=FACTS_DO_NOT_HOLD,
         )
 

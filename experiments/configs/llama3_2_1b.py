@@ -1,4 +1,4 @@
-"""Llama 3.2 1B, or whatever checkpoint --config.backbone.path names (`lamini_jax.config.one_accelerator`)."""
+"""Llama 3.2 1B, or the checkpoint that --config.backbone.path names (`lamini_jax.config.one_accelerator`)."""
 
 from lamini_jax.config import one_accelerator, to_config_dict
 

@@ -1,4 +1,4 @@
-"""Mistral 7B, or whatever checkpoint --config.backbone.path names (`lamini_jax.config.one_accelerator`)."""
+"""Mistral 7B, or the checkpoint that --config.backbone.path names (`lamini_jax.config.one_accelerator`)."""
 
 from lamini_jax.config import one_accelerator, to_config_dict
 

@@ -1,4 +1,4 @@
-"""The paper's claims: what it says, what was measured, and the named conditions that decide between the two."""
+"""The paper's claims: what it says, what was measured, and the named conditions that decide the verdict."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -13,7 +13,7 @@ class Claim:
 
     paper: str
     measured: str
-    conditions: Mapping[str, bool]  # what has to hold -> whether it does
+    conditions: Mapping[str, bool]  # what has to hold -> whether it holds
 
     def __post_init__(self):
         if not self.conditions:

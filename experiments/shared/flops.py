@@ -1,6 +1,6 @@
-"""What memorizing a fact costs in matrix products, and how many parameters it changes: counted by hand.
+"""The FLOPs of memorizing a fact (those of matrix products), and how many parameters it changes: counted by hand.
 
-A compiler counts the layers of a scan once, so that its count is compared with that of one layer of each part.
+A compiler counts the layers of a scan once, so its count is compared with that of one layer of each part.
 """
 
 from lamini_jax.backbone import transformer
@@ -10,11 +10,11 @@ from lamini_jax.config import BackboneConfig, Config
 def per_fact(
     config: Config, method: str, tokens: int, answer: int, depth: tuple[int, int] | None = None, remat: bool = False
 ) -> int:
-    """FLOPs of one step (forward and backward) for one fact: all of the model (`full`), `lora` or `mome`.
+    """FLOPs of one step (forward and backward) for one fact: the whole model (`full`), `lora` or `mome`.
 
-    Of `tokens` tokens, of which `answer` have logits; `depth` replaces the layers of prefix and suffix. Backward costs
-    a product for the activations, and one more for what is trained and for attention, whose both sides have gradients.
-    With `remat`, memory tuning computes the suffix forward twice.
+    The fact has `tokens` tokens, of which `answer` have logits; `depth` replaces the numbers of layers of prefix and
+    suffix. The backward pass costs a product for the activations, and one more for what is trained and for attention,
+    where both factors have gradients. With `remat`, memory tuning computes the suffix forward twice.
     """
     c, memory = config.backbone, config.memory
     prefix, suffix = depth or (c.num_layers - memory.num_layers, memory.num_layers)

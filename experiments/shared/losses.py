@@ -1,6 +1,6 @@
-"""What an answer costs the model, token by token, and how well it answers what it was not tuned on.
+"""The losses of an answer, token by token, and how well a model answers what it was not tuned on.
 
-Everything is measured as it is served: adapters are given prompts, and experts are selected by the question alone.
+Everything is measured as in answering: adapters are given prompts, so experts are selected by the question only.
 """
 
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ from lamini_jax.evaluation import intervals, recall
 from lamini_jax.runtime import sharding
 
 _BATCH = 64
-# Held-out questions of each of the world's kinds, of which studies take their held-out accuracy: 243 together.
+# Held-out questions of each of the world's kinds, on which studies measure held-out accuracy: 243 together.
 _OF_EACH_KIND = 9
 _SHOWN = 8  # tokens of a distribution
 
@@ -56,7 +56,7 @@ def of_answers(model: FrozenModel, adapter_fn: AdapterFn, facts: Sequence[Fact])
 
 
 def next_tokens(model: FrozenModel, adapter_fn: AdapterFn, fact: Fact) -> np.ndarray:
-    """probability_AV: what the model expects at each token of a fact's answer, given those before it (Figure 3)."""
+    """probability_AV: the model's distribution at each token of a fact's answer, given those before it (Figure 3)."""
     (bucket,) = batches.prompts([fact.question], model.tokenizer)
     prompts, targets_A = (bucket.tokens_FT, bucket.length_F), model.tokenizer.completion(fact.answer)
     return np.asarray(_probabilities(model, *prompts, np.array([targets_A]), adapter_fn(*prompts)))[0]
@@ -74,7 +74,7 @@ def sampled(model: FrozenModel, adapter_fn: AdapterFn, facts: list[Fact], sample
 
 
 def expected(model: FrozenModel, adapter_fn: AdapterFn, facts: list[Fact]) -> dict:
-    """What the model expects at the first fact's tokens: among how many it chooses, and the likeliest at each place.
+    """The distributions at the first fact's tokens: among how many tokens the model chooses, and the likeliest ones.
 
     Tokens are `similar` to the right ones if they occur in any fact's answer.
     """
@@ -99,13 +99,13 @@ def expected(model: FrozenModel, adapter_fn: AdapterFn, facts: list[Fact]) -> di
 
 
 def _token_text(model: FrozenModel, token: int) -> str:
-    """A token for a picture's axis."""
+    """A token as a label of a figure's axis."""
     text = "stop" if token in model.tokenizer.stop_ids else model.tokenizer.decode([token])
     return text if text.isprintable() and text.strip() and "\ufffd" not in text else f"#{token}"
 
 
 def _read(model: FrozenModel, prompt_BT, length_B, targets_BA, adapters):
-    """The prefix's output for prompts with their answers behind them."""
+    """The prefix's output for prompts followed by their answers."""
     positions_BA = length_B[:, None] + jnp.arange(targets_BA.shape[1])[None]
     tokens_BT = jnp.pad(prompt_BT, [(0, 0), (0, targets_BA.shape[1])])
     tokens_BT = tokens_BT.at[jnp.arange(len(tokens_BT))[:, None], positions_BA].set(targets_BA)

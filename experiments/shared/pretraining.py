@@ -16,8 +16,8 @@ from lamini_jax.data import world
 
 SEED = 0
 ONCE = 1_000  # arbitrary facts (`world.once`) that training from nothing shows exactly once
-# A question's own bytes are noise to a model that is only ever asked; a little of them keeps its reading general.
-# An answer's bytes share the root of its length, lest copying long words drown the short answers, the hard ones.
+# A model that only answers need not predict a question's own bytes; a small weight on them keeps its reading general.
+# An answer has the weight sqrt(length) in all: else copying long words would outweigh short answers, the hard ones.
 QUESTION_WEIGHT = 0.03
 
 
@@ -28,7 +28,7 @@ def packed_batches(config: BackboneConfig, tokenizer, batch: int, steps: int):
     size = batch * (config.max_seq_len + 1)
     tokens, weights = [], []
     for step in range(steps):
-        # The facts seen once are spread evenly over all steps but the last.
+        # The facts that are seen once are spread evenly over all steps except the last.
         due = once[step * ONCE // max(steps - 1, 1) : (step + 1) * ONCE // max(steps - 1, 1)]
         while len(tokens) < size:
             qa = due.pop() if due else next(stream)
@@ -56,7 +56,7 @@ def optimizer(steps: int) -> optax.GradientTransformation:
 
 
 def train(config: BackboneConfig, tokenizer, batch: int, steps: int, path: Path) -> transformer.Params:
-    """Whole parameters after `steps` steps; `path` has those of the latest 500, should it be stopped."""
+    """Whole parameters after `steps` steps; they are written to `path` every 500 steps, in case it is stopped."""
     decoder = transformer.Decoder(config, memory_layers=1)
     tx = optimizer(steps)
 

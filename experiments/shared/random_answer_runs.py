@@ -29,7 +29,7 @@ class Setting(NamedTuple):
 
     @property
     def questions(self) -> list[str]:
-        """They are the same with true and with random answers."""
+        """The facts' questions, which are the same with true and with random answers."""
         return [fact.question for fact in self.facts["true"]]
 
 

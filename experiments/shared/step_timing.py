@@ -20,7 +20,7 @@ TURNS = 15
 
 
 class TimedStep:
-    """A method's step on all of its facts, which are of one length, with the seconds that each took."""
+    """A method's step on all of its facts, which have one length, with the seconds of each step taken."""
 
     def __init__(self, method: TrainMethod):
         (examples,), (facts,) = method.data.examples, method.data.buckets
@@ -35,7 +35,7 @@ class TimedStep:
         return self.lowered.compile()
 
     def take(self) -> None:
-        """One step. The first compiles."""
+        """Takes one step. The first one compiles."""
         started = time.perf_counter()
         self._state, _ = jax.block_until_ready(self.compiled(self._model, self._state, *self._batch))
         self.seconds.append(time.perf_counter() - started)
@@ -52,7 +52,7 @@ def take_turns(steps: Mapping[str, TimedStep], bar: tqdm.tqdm) -> dict[str, list
 
 
 def with_own_experts(config: Config, model: FrozenModel, facts: Sequence[Fact], multiple: int) -> MemoryMethod:
-    """Memory tuning where each fact has experts of its own, the same ones for any N: a step has as many to update."""
+    """Memory tuning where each fact has experts of its own, the same ones for any N, so all steps update as many."""
     k, among = config.memory.top_k, min(FEW_EXPERTS, config.memory.num_experts)
     picked = np.random.default_rng(config.seed).permutation(among)[: len(facts) * k]
     ids_FK = picked.astype(np.int32).reshape(-1, k)

@@ -1,7 +1,7 @@
-"""What every study does: it starts, owns a directory, keeps each result that it has measured, and ends in a table.
+"""What all studies share: the command line, a directory, keeping each measured result, and a table at the end.
 
-A study has a `main(arguments)`, a `table(results)`, and where it judges the paper `claims(results)`. Importing it
-defines no flags, so that the report makes tables and claims of all studies in one process.
+A study has a `main(arguments)`, a `table(results)` and, if it judges the paper, `claims(results)`. Importing it defines
+no flags, so that the report can make tables and claims of all studies in one process.
 """
 
 import dataclasses
@@ -40,7 +40,7 @@ class Arguments:
     config: Config
     workdir: str
     flags: types.SimpleNamespace  # the values of the study's own flags
-    overrides: list[str]  # the flags with which another study has the same config
+    overrides: list[str]  # the flags that give another study the same config
 
 
 def start(
@@ -48,7 +48,8 @@ def start(
 ) -> None:
     """Defines the flags, parses the command line, makes the mesh ambient, calls `main` and exits with its status.
 
-    `on_devices=False` is for what computes nothing here: it has no mesh and leaves the accelerators to others.
+    `on_devices=False` is for a study that computes nothing in this process: without mesh, flags for several processes
+    and use of accelerators.
     """
     config = cli.define_config()
     directory = flags.DEFINE_string("workdir", None, "Directory of the results.", required=True)
@@ -71,7 +72,7 @@ def start(
 
 
 def config_overrides(values: ml_collections.ConfigDict) -> list[str]:
-    """What of a config is not as it is by default, as flags."""
+    """The fields of a config that differ from the default, as flags."""
     default = dict(cli.flatten(dataclasses.asdict(config_lib.tiny())))
     given = cli.flatten(values.to_dict())
     return [f"--config.{name}={value}" for name, value in given if value != default.get(name)]
@@ -95,16 +96,16 @@ def load(config: Config, answers: str) -> tuple[FrozenModel, list[Fact]]:
 def open_study(
     directory: str, config: Config, model: FrozenModel | None = None, facts: Sequence[Fact] = (), **more: Any
 ) -> Path:
-    """The study's directory, bound to its config and to all else it depends on. Raises UserError if it is another's.
+    """The study's directory, which belongs to its config and all else it depends on. Raises UserError for another's.
 
-    How the config is executed may differ: any devices may continue what others began.
+    How the config is executed may differ: a study may be continued on other devices.
     """
     prints = {"backbone": model and model.fingerprint, "facts": facts_lib.fingerprint(facts)}
     return workdir.open_workdir(directory, {"config": config_lib.identity(config), **prints, **more})
 
 
 def cached(path: Path, measure: Callable[..., dict], *arguments: Any) -> dict:
-    """What was measured, with its seconds: read if the file exists, so that a killed study continues after it."""
+    """The result of `measure`, with its seconds: read if its file exists, so that a killed study continues after it."""
     if not processes.broadcast(path.exists()):
         started = time.time()
         result = measure(*arguments)
@@ -114,7 +115,7 @@ def cached(path: Path, measure: Callable[..., dict], *arguments: Any) -> dict:
 
 
 def certificates(certified_F: np.ndarray, exact_F: np.ndarray) -> dict[str, int]:
-    """How many facts are certified, and how many of those were not recalled: the paper's thesis, counted."""
+    """How many facts are certified, and how many of those were not recalled: the test of the paper's thesis."""
     return {"certified": int(certified_F.sum()), "certified_but_wrong": int((certified_F & ~exact_F).sum())}
 
 
@@ -139,11 +140,11 @@ def finish(
     claims: Callable[[dict], list[Claim]] = lambda results: [],
     draw: Callable[[dict, Path], None] | None = None,
 ) -> None:
-    """Writes results.json (what was measured, the command and the environment) and figures.png; prints the rest.
+    """Writes results.json (what was measured, the command, the environment) and figures.png; prints table and claims.
 
-    Table, claims and figure are functions of what is in results.json, from which the report makes its page.
+    Table, claims and figure are functions of results.json alone, from which the report makes its page.
     """
-    module = sys.modules["__main__"].__spec__  # none where python was started in another way than with -m
+    module = sys.modules["__main__"].__spec__  # None unless python was started with -m
     command = shlex.join([*(["python", "-m", module.name] if module else sys.argv[:1]), *sys.argv[1:]])
     results = {**results, "command": command, "environment": workdir.environment()}
     workdir.write_json(directory / "results.json", results)

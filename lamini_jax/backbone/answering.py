@@ -1,6 +1,6 @@
-"""Questions in, answers out: free-running decoding of a backbone with whatever is added to it.
+"""Questions in, answers out: free-running decoding of a backbone, with or without adapters.
 
-What answers is a backbone and an AdapterFn. Both are given prompts, and prompts hold no answer.
+A backbone and an AdapterFn answer together. Both see only prompts, which contain no answer.
 """
 
 import itertools
@@ -18,9 +18,9 @@ from lamini_jax.runtime import processes
 
 
 class AdapterFn(NamedTuple):
-    """What is added to the backbone for each question: `build(select(prompt_BT, length_B))`.
+    """Makes the adapters that are added to the backbone for each question: `build(select(prompt_BT, length_B))`.
 
-    A selection is a pytree of arrays with a leading axis B, so that one can be kept for many sequences.
+    A selection is a pytree of arrays with a leading axis B, so that it can be kept and used for many sequences.
     """
 
     select: Callable[[Any, Any], Any]
@@ -55,7 +55,7 @@ def ask(
 ) -> Iterator[tuple[int, Answer]]:
     """Answers, each with its question's number, batch by batch.
 
-    They are cut off after `max_new_tokens`, or else at the end of the longest sequence.
+    Each is cut off after `max_new_tokens`, if given, and where prompt and answer reach the model's `max_seq_len`.
     """
     max_new_tokens = max_new_tokens or model.max_seq_len
     draws = itertools.count()
@@ -91,7 +91,7 @@ def stream(
 def answers(
     model: FrozenModel, adapter_fn: AdapterFn, questions: Sequence[str], max_new_tokens: int | None = None
 ) -> list[str]:
-    """The answers of greedy decoding, as text. Shows its progress if it takes long."""
+    """The answers of greedy decoding, as text. Shows a progress bar if it takes long."""
     given = ask(model, adapter_fn, questions, max_new_tokens)
     options = {"desc": "asking", "unit": "question", "delay": processes.LONG_SECONDS, "leave": False}
     texts = dict(processes.progress_bar(given, total=len(questions), **options))

@@ -1,7 +1,7 @@
-"""The chat template of a checkpoint: a Jinja program by strangers, which runs in a sandbox.
+"""The chat template of a checkpoint: an untrusted Jinja program, which runs in a sandbox.
 
-It renders as in the transformers library, but for the date: a template that asks for today's would make other prompts
-tomorrow, and select other experts.
+It renders as in the transformers library, except that the date is fixed: with today's date, the same question would
+have another prompt tomorrow, and select other experts.
 """
 
 import datetime
@@ -20,16 +20,16 @@ Messages = list[dict[str, str]]  # each with a role and its content
 Render = Callable[[str], str]  # a question -> what the model reads before it answers
 
 _SYSTEM_FLAG = "--config.backbone.system"
-_TODAY = datetime.datetime(2024, 7, 26)  # what the templates of Llama 3 take where there is no clock
+_TODAY = datetime.datetime(2024, 7, 26)  # what the templates of Llama 3 use if they cannot ask for the date
 _QUESTIONS = ("Who wrote the letter?", "When was it read?")  # to try a template with
 _SYSTEMS = ("Answer in one word.", "Be brief.")
 
 
 def load(directory: Path, settings: dict[str, Any], system: str = "") -> Render | None:
-    """What renders a question, after the `system` message if there is one; None if the checkpoint has no template.
+    """The function that renders a question, after the `system` message if there is one; None without a template.
 
-    `settings` is its tokenizer_config.json. Raises UserError for a template that cannot be read, fails, needs a system
-    message or has no place for the one given, or leaves out the question; and later, when it fails.
+    `settings` is the checkpoint's tokenizer_config.json. Raises UserError for a template that cannot be read, fails,
+    needs a system message or leaves out the one given, or leaves out the question; the function raises it, too.
     """
     source = _source(directory, settings)
     if source is None and system:
@@ -49,7 +49,7 @@ def load(directory: Path, settings: dict[str, Any], system: str = "") -> Render 
 
 
 def _check(directory: Path, render: Callable[..., str], system: str) -> None:
-    """Raises UserError for a template that the questions, or the system message, cannot be told by."""
+    """Raises UserError for a template that fails, or whose text does not depend on the question or system message."""
     first, second = _QUESTIONS
     try:
         text = render(first)
@@ -79,14 +79,14 @@ def _source(directory: Path, settings: dict[str, Any]) -> str | None:
         if isinstance(source, list):  # several, with names
             source = {entry["name"]: entry["template"] for entry in source}.get("default")
         if not isinstance(source, str | None):
-            raise TypeError(f"{type(source).__name__}, and no text")
+            raise TypeError(f"{type(source).__name__}, not a text")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{directory}: its chat template cannot be read ({one_line(error)})") from None
     return source
 
 
 def _tokens(settings: dict[str, Any]) -> dict[str, str]:
-    """The special tokens by their names. One without a value is left out: in a template it is an empty text then."""
+    """The special tokens by their names. One without a value is left out: a template renders it as an empty text."""
     named = {name: value for name, value in settings.items() if name.endswith("_token")}
     tokens = {name: value.get("content") if isinstance(value, dict) else value for name, value in named.items()}
     return {name: value for name, value in tokens.items() if isinstance(value, str)}
@@ -112,7 +112,7 @@ def _compile(directory: Path, source: str, tokens: dict[str, str]) -> Callable[[
     failed = f"{directory}: its chat template fails"
     try:
         template = environment.from_string(source)
-    except Exception as error:  # a stranger's program may fail in any way
+    except Exception as error:  # an untrusted program may fail in any way
         raise UserError(f"{failed} ({one_line(error)})") from None
 
     def run(messages: Messages) -> str:
@@ -125,7 +125,7 @@ def _compile(directory: Path, source: str, tokens: dict[str, str]) -> Callable[[
 
 
 def _generation_blocks() -> type:
-    """{% generation %} ... {% endgeneration %} marks what the assistant says, for training; it renders its body."""
+    """{% generation %} ... {% endgeneration %} marks the assistant's text for training; it renders as its body."""
     import jinja2.ext
 
     class GenerationBlocks(jinja2.ext.Extension):
@@ -140,7 +140,7 @@ def _generation_blocks() -> type:
 
 
 def _to_json(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
-    """JSON as it is: Jinja's own filter would write it for HTML."""
+    """Plain JSON: Jinja's own filter would escape it for HTML."""
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
@@ -148,5 +148,5 @@ def _to_json(value, ensure_ascii=False, indent=None, separators=None, sort_keys=
 def _warn_of_date(directory: Path) -> None:
     today = f"{_TODAY:%d %B %Y}"
     logging.warning(
-        "%s: its chat template tells the date; it is given %s always, so prompts stay as they are", directory, today
+        "%s: its chat template asks for the date; it always gets %s, so that prompts do not change", directory, today
     )

@@ -1,4 +1,4 @@
-"""Decoding with a KV cache, greedy or sampled: batched, stopped when every answer is complete.
+"""Decoding with a KV cache, greedy or sampled: in batches, each of which stops when all of its answers are complete.
 
 `prefill` reads the prompts and compiles once per shape of them; `decode` generates the next tokens and compiles once
 per number of prompts.
@@ -17,7 +17,7 @@ from lamini_jax.runtime import sharding
 
 
 class Adapters(NamedTuple):
-    """What is added to the backbone for some prompts, and the experts it was made of, if it was."""
+    """The adapters of prefix and suffix for some prompts, and the experts they are made of, if they are."""
 
     prefix: Adapter | None = None
     suffix: Adapter | None = None
@@ -35,19 +35,19 @@ class Sampling(NamedTuple):
 
 
 class State(NamedTuple):
-    """Answers being generated: `step` tokens each of answer_BA, which is filled up with the stop token."""
+    """Answers being generated: answer_BA has `step` tokens of each, followed by stop tokens."""
 
     step: jax.Array
     answer_BA: jax.Array
-    min_logprob_B: jax.Array  # the log-probability of the least likely token of those in answer_BA and token_B
-    token_B: jax.Array  # what comes next
+    min_logprob_B: jax.Array  # the log-probability of the least likely token in answer_BA and token_B
+    token_B: jax.Array  # the next token of each
     budget_B: jax.Array  # tokens that an answer may have
     length_B: jax.Array  # of the prompts
     caches: tuple[transformer.Cache, transformer.Cache]
 
     @property
     def probability_B(self):
-        """Of the least likely token of each answer."""
+        """The probability of the least likely token of each answer."""
         return jnp.exp(self.min_logprob_B)
 
 
@@ -60,10 +60,10 @@ def prefill(
     adapters: Adapters = BARE,
     sampling: Sampling | None = None,
 ) -> State:
-    """Reads prompts, right-padded to T, and chooses the first token of each answer, of `max_new_tokens` at most.
+    """Reads prompts, right-padded to T, and chooses the first token of each answer of at most `max_new_tokens`.
 
-    A is the backbone's longest sequence, which prompt and answer share; `max_new_tokens` is traced, so that one
-    compilation serves all.
+    A is the length of the backbone's longest sequence, prompt included; `max_new_tokens` is traced, so that one
+    compilation serves all its values.
     """
     config, batch = model.decoder.config, prompt_BT.shape[0]
     length = max(config.max_seq_len, prompt_BT.shape[1])
@@ -92,7 +92,7 @@ def decode(
 
     def advance(state):
         answer_BA = state.answer_BA.at[:, state.step].set(state.token_B)
-        # A prompt's padding is overwritten before anything may look at it.
+        # A prompt's padding is overwritten before any token can attend to it.
         positions_B1 = (state.length_B + state.step)[:, None]
         first_B, step = jnp.zeros_like(state.length_B), state.step + 1
         token_B, logprob_B, caches = _next(
@@ -114,9 +114,9 @@ def is_complete(token_B, stop_ids: tuple[int, ...]):
 
 
 def generate(model: FrozenModel, prompt_BT, length_B, max_new_tokens, adapters=BARE, sampling=None):
-    """answer_BA, filled up with the first of the stop tokens, and the probability_B of the least likely token of each.
+    """answer_BA, padded with the first of the stop tokens, and the probability_B of the least likely token of each.
 
-    The stop token counts, where the answer was not cut off before it.
+    The stop token that ends an answer counts too, unless the answer was cut off.
     """
     state = prefill(model, prompt_BT, length_B, max_new_tokens, adapters, sampling)
     state = decode(model, state, state.answer_BA.shape[1], adapters, sampling)
@@ -124,7 +124,7 @@ def generate(model: FrozenModel, prompt_BT, length_B, max_new_tokens, adapters=B
 
 
 def _at(sampling: Sampling | None, step) -> Sampling | None:
-    """The draw of one step."""
+    """The sampling of one step, with its own key."""
     return sampling and sampling._replace(key=jax.random.fold_in(sampling.key, step))
 
 

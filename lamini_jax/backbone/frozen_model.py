@@ -1,4 +1,4 @@
-"""The frozen language model as the rest of the package sees it: weights and tokenizer, and what it makes of a text."""
+"""The frozen language model as the rest of the package sees it: weights, tokenizer, and what it computes of a text."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -17,9 +17,9 @@ from lamini_jax.runtime import processes, sharding
 
 @flax.struct.dataclass
 class FrozenModel:
-    """What is the same for every run: the backbone, split where the memory begins, and its tokenizer.
+    """What no training changes: the backbone, split where the memory begins, and its tokenizer.
 
-    A pytree of its parameters, so that it passes through `jax.jit` as an argument.
+    It is a pytree of the parameters, so that it can be an argument of a `jax.jit` function.
     """
 
     params: transformer.Params
@@ -34,7 +34,7 @@ class FrozenModel:
 
 
 def load(config: Config) -> FrozenModel:
-    """The backbone that `config` names. Raises UserError if the weights at hand have another shape."""
+    """The backbone that `config` names. Raises UserError if its weights have another shape."""
     decoder = transformer.Decoder(config.backbone, config.memory.num_layers, config.execution.remat)
     source = checkpoints.format_of(config.backbone.path)
     parts = source.load_split(decoder), decoder, source.load_tokenizer(config.backbone)
@@ -43,7 +43,7 @@ def load(config: Config) -> FrozenModel:
 
 @jax.jit
 def read_prefix(model: FrozenModel, tokens_BT):
-    """hidden_BTD: what the frozen prefix makes of some tokens. Computed once per fact and kept."""
+    """hidden_BTD: the output of the frozen prefix for some tokens, which is computed once per fact and kept."""
     return transformer.prefix(model.decoder, model.params, tokens_BT)[0]
 
 
@@ -72,7 +72,7 @@ def answer_logits(model: FrozenModel, hidden_BTD, start_B, length: int, suffix_a
 def map_questions(model: FrozenModel, questions: Sequence[str], function: Callable[[Any, Any], Any]) -> Any:
     """`function(prompt_BT, length_B)` over many questions in batches of few shapes; results in the questions' order.
 
-    They are a pytree of arrays with a leading axis B, which are concatenated. Shows its progress if it takes long.
+    Results are pytrees of arrays with a leading axis B, which are concatenated. Shows a progress bar if it takes long.
     """
     parts, order = [], []
     options = {"desc": "reading", "unit": "question", "delay": processes.LONG_SECONDS, "leave": False}

@@ -1,4 +1,4 @@
-"""JSON files of a checkpoint, which strangers wrote."""
+"""The JSON files of a checkpoint, which are untrusted."""
 
 import json
 from pathlib import Path
@@ -10,9 +10,9 @@ _SHOWN = 100  # characters of a value in a message
 
 
 def read(path: Path) -> dict[str, Any]:
-    """The object in a file, in any encoding of JSON. Raises UserError if the file is missing, or holds something else.
+    """The object in a file, in any encoding of JSON. Raises UserError if the file is missing or holds something else.
 
-    Of a key that is there twice the last counts, as everywhere.
+    If a key occurs twice, the last one counts, as is usual.
     """
     try:
         value = json.loads(path.read_bytes())
@@ -26,12 +26,12 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def shown(value: Any) -> str:
-    """A value or a name as a message has it: in one line, and not too long."""
+    """A value or a name for a message: in one line, and cut off if it is long."""
     text = value if isinstance(value, str) and value.isprintable() else json.dumps(value)
     return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
 
 
 def one_line(error: BaseException) -> str:
-    """What an exception of another library says."""
+    """The message of another library's exception, in one line."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if text.isprintable() else repr(text)

@@ -17,11 +17,11 @@ _FILES = ("tokenizer", "chat_template", "generation_config", "special_tokens", "
 
 
 class Tokenizer(Protocol):
-    """What the package asks of a tokenizer. It is hashable, as a static field of a pytree that passes through jit."""
+    """What the package needs of a tokenizer. It is hashable, because it is a static field of a pytree."""
 
     vocab_size: int
     pad_id: int
-    stop_ids: tuple[int, ...]  # what ends an answer; the first of them ends those that are trained
+    stop_ids: tuple[int, ...]  # tokens that end an answer; the first of them ends answers in training
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text, without any special token. Raises UserError if the text cannot be encoded."""
@@ -36,13 +36,13 @@ class Tokenizer(Protocol):
         """What the model must then produce, the stop token included."""
 
     def continuation(self, context: str, text: str) -> tuple[list[int], list[int]]:
-        """A plain text and what follows it, which is no answer to a question and has no stop token."""
+        """The tokens of a plain text and of what follows it, without prompt format and stop token."""
 
     def why_unsupported(self, text: str, exactly: bool) -> str | None:
-        """Why a question, or with `exactly` an answer, cannot be carried as it is written; None if it can."""
+        """Why a text cannot be used as a question, or with `exactly` as an answer; None if it can."""
 
     def save(self, directory: Path) -> None:
-        """Writes the files from which `load` and other libraries make this tokenizer."""
+        """Writes the files from which `load` and other libraries read this tokenizer."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,7 +61,7 @@ class ByteTokenizer:
             raise UserError(f"{text!r}: is not valid UTF-8 text") from error
 
     def decode(self, ids) -> str:
-        """The text of some ids up to the first stop token; bytes that are no UTF-8 become U+FFFD."""
+        """The text of some ids up to the first stop token; bytes that are not UTF-8 become U+FFFD."""
         return bytes(np.asarray(_before_stop(ids, self.stop_ids), np.uint8)).decode("utf-8", errors="replace")
 
     def prompt(self, question: str) -> list[int]:
@@ -73,11 +73,11 @@ class ByteTokenizer:
         return [*self.encode(answer), self.stop_id]
 
     def continuation(self, context: str, text: str) -> tuple[list[int], list[int]]:
-        """A plain text, the begin token in front, and what follows it."""
+        """The tokens of a plain text, after the begin token, and those of what follows it."""
         return [self.begin_id, *self.encode(context)], self.encode(text)
 
     def why_unsupported(self, text: str, exactly: bool) -> str | None:
-        """None: bytes carry every text."""
+        """None: bytes can represent every text."""
         return None
 
     def save(self, directory: Path) -> None:
@@ -90,7 +90,7 @@ class ByteTokenizer:
             "answer_token": "<|answer|>",
             "eos_token": "<|stop|>",
         }
-        # Byte-level tokenizers write a byte that is no visible Latin-1 character as one from beyond them, in order.
+        # Byte-level tokenizers write a byte that is not a visible Latin-1 character as a character from U+0100 on.
         visible = [byte for byte in range(256) if chr(byte).isprintable() and byte not in (0x20, 0xA0, 0xAD)]
         hidden = [byte for byte in range(256) if byte not in visible]
         letters = {byte: chr(byte) for byte in visible} | {byte: chr(256 + i) for i, byte in enumerate(hidden)}
@@ -110,8 +110,8 @@ class ByteTokenizer:
 class CheckpointTokenizer:
     """The tokenizer.json of a checkpoint, with its chat template: the question is the user's turn.
 
-    A `system` message goes before it, unless that is empty. A checkpoint without a chat template, which has not learned
-    to chat, reads the question and a line feed.
+    A `system` message precedes it, unless it is empty. A checkpoint without a chat template, which has not learned to
+    chat, reads the question and a line feed.
     """
 
     def __init__(self, directory: Path, system: str = ""):
@@ -144,13 +144,13 @@ class CheckpointTokenizer:
         return [*self.encode(answer), self.stop_ids[0]]
 
     def continuation(self, context: str, text: str) -> tuple[list[int], list[int]]:
-        """A plain text and what follows it; blanks between them belong to the latter, as in words that were learned."""
+        """The tokens of a plain text and of what follows it; blanks between them go with the latter, as in training."""
         kept = len(context.rstrip())
         ids = self._ids(context[:kept])
         return ids, self._ids(context + text)[len(ids) :]
 
     def why_unsupported(self, text: str, exactly: bool) -> str | None:
-        """What of the text is a special token, or, with `exactly`, comes back as another text; None if nothing is."""
+        """Names a special token in the text or, with `exactly`, the other text that decoding gives; None if neither."""
         for special in self._specials:
             if special in text:
                 return f"holds {special}, which the tokenizer reads as a special token"
@@ -159,7 +159,7 @@ class CheckpointTokenizer:
         return None
 
     def save(self, directory: Path) -> None:
-        """Copies the files that it was read from."""
+        """Copies the files from which it was read."""
         for path in self._directory.iterdir():
             if path.name.startswith(_FILES) and path.is_file():
                 shutil.copyfile(path, directory / path.name)
@@ -167,7 +167,7 @@ class CheckpointTokenizer:
     def _ids(self, text: str, add_special_tokens: bool = True) -> list[int]:
         try:
             return self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
-        except (TypeError, UnicodeEncodeError):  # the library's word for text that is not Unicode
+        except (TypeError, UnicodeEncodeError):  # what the library raises for text that is not Unicode
             raise UserError(f"{text!r}: is not valid UTF-8 text") from None
 
     def _special(self, name: str) -> int | None:
@@ -176,7 +176,7 @@ class CheckpointTokenizer:
         token = value.get("content") if isinstance(value, dict) else value
         if not isinstance(token, str | None):
             raise UserError(
-                f"{self._directory / 'tokenizer_config.json'}: {name} {shown(json.dumps(value))} is no text"
+                f"{self._directory / 'tokenizer_config.json'}: {name} {shown(json.dumps(value))} is not a text"
             )
         return None if token is None else self._tokenizer.token_to_id(token)
 
@@ -188,7 +188,7 @@ class CheckpointTokenizer:
             ids = json_file.read(path).get("eos_token_id") if path.exists() else None
             for stop in ids if isinstance(ids, list) else [ids]:
                 if stop is not None and (type(stop) is not int or stop < 0):
-                    raise UserError(f"{path}: eos_token_id {shown(json.dumps(stop))} is no token id")
+                    raise UserError(f"{path}: eos_token_id {shown(json.dumps(stop))} is not a token id")
                 stops.append(stop)
         stop_ids = tuple(dict.fromkeys(stop for stop in stops if stop is not None))
         if not stop_ids:
@@ -223,8 +223,8 @@ def _load_tokenizer(path: Path):
     try:
         tokenizer = Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises nothing more special
-        raise UserError(f"{path}: is no tokenizer ({one_line(error)})") from None
-    # What some were trained with and saved with; questions are neither cut off nor filled up.
+        raise UserError(f"{path}: is not a tokenizer ({one_line(error)})") from None
+    # Some were saved with truncation and padding for training; questions must be neither cut off nor padded.
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer

@@ -23,17 +23,17 @@ Cache = Any  # {"keys_LBPGW", "values_LBPGW"} of one part
 
 
 class LowRank(NamedTuple):
-    """A low-rank term beside a linear layer: W x + up^T (down x). One for the batch (KI, KO) or one each (BKI, BKO)."""
+    """A low-rank term of a linear layer: W x + up^T (down x). One for the batch (KI, KO) or one each (BKI, BKO)."""
 
     down: jax.Array
     up: jax.Array
 
 
-Adapter = dict[str, LowRank]  # by the name of the linear layer, every leaf with a leading axis over the part's layers
+Adapter = dict[str, LowRank]  # by the linear layer's name; every leaf has a leading axis over the layers of its part
 
 
 class LinearLayer(NamedTuple):
-    """A linear layer of a block: the half it is in, as checkpoints name it, and the mesh's names for its axes."""
+    """A linear layer of a block: the half it is in, as checkpoints call it, and the names of its axes in `sharding`."""
 
     half: str
     input_axis: str | None  # None: the width of the residual stream
@@ -61,7 +61,7 @@ def linear_shapes(config: BackboneConfig) -> dict[str, tuple[int, int]]:
 
 
 class Linear(nn.Module):
-    """A weight matrix, perhaps with a bias: operands in `dtype`, sums in float32."""
+    """A weight matrix, with or without a bias: operands in `dtype`, sums in float32."""
 
     shape: tuple[int, int]
     dtype: str
@@ -128,7 +128,7 @@ class RMSNorm(nn.Module):
 
 
 def rotation_scale(config: BackboneConfig) -> np.ndarray:
-    """What each of the W/2 rotary frequencies is multiplied with, for a context longer than the original one.
+    """The factor of each of the W/2 rotary frequencies, for a context longer than the original one.
 
     `linear` divides all of them by the factor. `llama3` divides those that turn fewer than `rope_low_freq_factor` times
     within the original context, keeps those that turn more than `rope_high_freq_factor` times, and interpolates
@@ -145,7 +145,7 @@ def rotation_scale(config: BackboneConfig) -> np.ndarray:
 
 
 def rotate(x_BTHW, positions_BT, config: BackboneConfig):
-    """Rotary positions: each pair (i, i + W/2) turns by position * theta^(-2i/W) (arXiv 2104.09864), if not scaled."""
+    """Rotary positions: each pair (i, i + W/2) turns by position * theta^(-2i/W) (arXiv 2104.09864), unless scaled."""
     half = x_BTHW.shape[-1] // 2
     frequencies_F = config.rope_theta ** (-jnp.arange(half, dtype=jnp.float32) / half) * rotation_scale(config)
     angles_BT1F = positions_BT[:, :, None, None].astype(jnp.float32) * frequencies_F[None, None, None]
@@ -217,7 +217,7 @@ class Decoder(nn.Module):
 
     config: BackboneConfig
     memory_layers: int
-    remat: bool = False  # the suffix's activations, where a gradient asks for them
+    remat: bool = False  # for gradients, compute the suffix's activations again instead of keeping them
 
     def setup(self):
         c = self.config
@@ -254,7 +254,7 @@ class Decoder(nn.Module):
 
 
 def _positions(config: BackboneConfig, x_BT, positions_BT, cache):
-    """Positions (0, 1, ... unless given) and mask_BTP: a token sees the slots up to its own, in its window."""
+    """Positions (0, 1, ... unless given) and mask_BTP: a token attends to positions up to its own, in its window."""
     if positions_BT is None:
         positions_BT = jnp.broadcast_to(jnp.arange(x_BT.shape[1]), x_BT.shape[:2])
     slots_11P = jnp.arange(x_BT.shape[1] if cache is None else cache["keys"].shape[2])[None, None, :]
@@ -286,12 +286,12 @@ def axes(config: BackboneConfig, params: Params) -> Any:
 
 
 def put(decoder: Decoder, params: Params) -> Params:
-    """Parameters, whole or split, on the devices, each part where it is used."""
+    """Puts parameters, whole or split, on the devices, each part where it is used."""
     return jax.tree.map(lambda x, names: sharding.put(x, *names), params, axes(decoder.config, params))
 
 
 def prefix(decoder: Decoder, params: Params, tokens_BT, positions_BT=None, cache: Cache = None, adapter=None):
-    """The frozen reading: hidden_BTD at the input of the first memory layer, and the cache with these tokens in it."""
+    """The frozen layers: hidden_BTD at the input of the first memory layer, and the cache with these tokens in it."""
     positions_BT, mask_BTP = _positions(decoder.config, tokens_BT, positions_BT, cache)
     return decoder.apply({"params": params}, tokens_BT, positions_BT, mask_BTP, cache, adapter, method="prefix")
 

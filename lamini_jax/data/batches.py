@@ -13,10 +13,10 @@ from lamini_jax.data.benchmarks import MultipleChoice
 from lamini_jax.data.facts import Fact
 
 MAX_SHAPES = 2
-# Two buckets become one where that pads less than this share of all tokens: cheaper than another compilation.
+# Two buckets are merged if that pads less than this share of all tokens: cheaper than another compilation.
 _WORTH_PADDING = 0.15
-# The lengths of prompts do not depend on which questions stand together: a fact must select the same experts when it is
-# tuned and when it is asked for, and sums over another length are rounded otherwise.
+# The padded length of a prompt does not depend on the other questions: a fact must select the same experts when it is
+# tuned and when it is asked for, and sums over another length are rounded differently.
 PROMPT_LENGTHS = (64, 128, 256)
 
 
@@ -41,7 +41,7 @@ class TokenizedFacts:
 
     @property
     def targets_FA(self) -> np.ndarray:
-        """The tokens of the completions; what follows a shorter one does not count."""
+        """The tokens of the completions; what follows a shorter one is ignored."""
         places_FA = self.prompt_length_F[:, None] + np.arange(self.answer_length_F.max())[None]
         return np.take_along_axis(self.tokens_FT, np.minimum(places_FA, self.tokens_FT.shape[1] - 1), axis=1)
 
@@ -62,7 +62,7 @@ class Choices:
     tokens_FT: np.ndarray  # the context, then the choices' shared tokens
     start_F: np.ndarray  # the position that predicts the first token of the choices
     length_F: np.ndarray  # tokens of each choice
-    targets_FAC: np.ndarray  # the choices' tokens; what follows a shorter one does not count
+    targets_FAC: np.ndarray  # the choices' tokens; what follows a shorter one is ignored
     item_F: np.ndarray  # in the list of items
     choice_FC: np.ndarray  # which of the item's choices; -1: none
 
@@ -88,7 +88,7 @@ def prompts(questions: Sequence[str], tokenizer) -> list[Prompts]:
 def choices(items: Sequence[MultipleChoice], tokenizer) -> list[Choices]:
     """The choices of some items, in buckets of PROMPT_LENGTHS (then its doubles).
 
-    Those of an item that differ in their last token alone are one sequence: a model never reads that token.
+    Choices of an item that differ only in their last token share one sequence: a model never reads that token.
     """
     found: dict[tuple, list[tuple[int, int]]] = {}
     for index, item in enumerate(items):
@@ -106,10 +106,10 @@ def choices(items: Sequence[MultipleChoice], tokenizer) -> list[Choices]:
 def epoch_batches(
     examples: Sequence[TokenizedFacts], batch_size: int, seed: int, epoch: int, active: np.ndarray | None = None
 ) -> Iterator[tuple[int, np.ndarray]]:
-    """Each fact once, in an order that (seed, epoch) alone decide: the number of a bucket and `index_B` of its facts.
+    """Each fact once, in an order that depends only on (seed, epoch): a bucket's number and `index_B` of its facts.
 
-    Buckets are mixed; one of fewer facts than a batch has smaller batches. -1 fills the last batch of each.
-    `active` (one bool per fact) leaves some facts out.
+    Batches of the buckets alternate at random; a bucket with fewer facts than a batch has smaller batches. -1 fills the
+    last batch of each. `active` (one bool per fact) leaves some facts out.
     """
     rng = np.random.default_rng((seed, epoch))
     batches = []
@@ -130,7 +130,7 @@ def in_order(count: int, batch_size: int) -> Iterator[np.ndarray]:
 
 
 def _choices(tokens_FT: np.ndarray, keys: list, ends: list[list[tuple[int, int]]]) -> Choices:
-    """A bucket, from its rows' (item, context, shared tokens) and (choice, last token)s."""
+    """A bucket, from the (item, context, shared tokens) of each row and its (choice, last token) pairs."""
     start_F = np.array([len(context) - 1 for _, context, _ in keys], np.int32)
     length_F = np.array([len(shared) + 1 for _, _, shared in keys], np.int32)
     shape = len(keys), length_F.max(), max(map(len, ends))
@@ -152,7 +152,7 @@ def _prompt_widths(sequences: list[list[int]]) -> list[int]:
 def _buckets(
     sequences: list[list[int]], widths: list[int], pad_id: int
 ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """Padded tokens, lengths and places in the list, for each width that some sequence needs."""
+    """Padded tokens, lengths and indices in the list, for each width that some sequence needs."""
     lengths = np.array([len(sequence) for sequence in sequences], np.int32)
     buckets = np.searchsorted(widths, lengths)
     for bucket in np.unique(buckets):

@@ -1,6 +1,6 @@
-"""TruthfulQA and MMLU as multiple choice: a context, and texts of which a model should find the right ones likeliest.
+"""TruthfulQA and MMLU as multiple choice: a context, and choices, of which the right ones should be the likeliest.
 
-Both are read from files that were fetched before, in the layout of their authors:
+Both are read from files that the user has downloaded, in the layout of their authors:
 
     DIRECTORY/TruthfulQA.csv                                    github.com/sylinrl/TruthfulQA
     DIRECTORY/mmlu/{dev,test}/SUBJECT_{dev,test}.csv            github.com/hendrycks/test
@@ -38,7 +38,7 @@ class MultipleChoice:
 
     @property
     def context(self) -> str:
-        """All that stands before a choice."""
+        """All text before a choice."""
         return self.header + "".join(self.shots) + self.ending
 
 
@@ -46,8 +46,8 @@ def truthful_qa(directory: str | pathlib.Path) -> list[MultipleChoice]:
     """TruthfulQA (arXiv 2109.07958) in the CSV's order; of a question's choices, the best answer comes first.
 
     Asked zero-shot, "Q: QUESTION\\nA:" with " ANSWER" as a choice. lm-evaluation-harness puts six solved examples of
-    the authors before that, and reads the answers from another file: figures do not compare exactly. Raises UserError,
-    with the line, for a file that is missing or something else.
+    the authors before that, and reads the answers from another file: its figures are not exactly comparable. Raises
+    UserError, with the line, for a file that is missing or not TruthfulQA's.
     """
     path = pathlib.Path(directory).expanduser() / TRUTHFUL_QA_FILE
     columns = ("Category", "Question", "Best Answer", "Correct Answers", "Incorrect Answers")
@@ -62,7 +62,7 @@ def truthful_qa(directory: str | pathlib.Path) -> list[MultipleChoice]:
 
 
 def truthful_qa_rows(content: bytes, origin: str, columns: Sequence[str]) -> Iterator[list[str]]:
-    """Some columns of TruthfulQA's CSV, row by row. Raises UserError if one is not there or has nothing in a row."""
+    """Some columns of TruthfulQA's CSV, row by row. Raises UserError if one is missing or empty in some row."""
     advice = f"fetch it again from {TRUTHFUL_QA_URL}"
     (_, names), *rows = _table(content, origin) or [(1, [])]
     missing = [name for name in columns if name not in names]
@@ -72,7 +72,7 @@ def truthful_qa_rows(content: bytes, origin: str, columns: Sequence[str]) -> Ite
         raise UserError(f"{origin}: has no questions; {advice}")
     for line, row in rows:
         values = dict(zip(names, map(str.strip, row), strict=False))
-        # Of a list, separators alone are nothing.
+        # A list of separators alone is empty.
         empty = [name for name in columns if not values.get(name, "").strip("; ")]
         if empty:
             raise UserError(f"{origin}, line {line}: has nothing in the column {empty[0]!r}; {advice}")
@@ -82,8 +82,8 @@ def truthful_qa_rows(content: bytes, origin: str, columns: Sequence[str]) -> Ite
 def mmlu(directory: str | pathlib.Path, per_subject: int | None = None) -> list[MultipleChoice]:
     """MMLU (arXiv 2009.03300): the first `per_subject` test questions of each subject, or all, with 5 examples each.
 
-    The prompt is that of the authors' code, but for a doubled space before the subject, which lm-evaluation-harness
-    has not either. Raises UserError, with the line, for files that are missing or something else.
+    The prompt is that of the authors' code, except for a doubled space before the subject, which lm-evaluation-harness
+    leaves out too. Raises UserError, with the line, for files that are missing or not MMLU's.
     """
     root = pathlib.Path(directory).expanduser() / "mmlu"
     paths = sorted((root / "test").glob("*_test.csv"))
@@ -104,9 +104,9 @@ def mmlu(directory: str | pathlib.Path, per_subject: int | None = None) -> list[
 
 
 def fitting(items: Sequence[MultipleChoice], tokenizer, max_seq_len: int) -> list[MultipleChoice]:
-    """The items that fit with each choice in `max_seq_len` tokens, with as many of their examples as fit.
+    """The items that fit with each of their choices in `max_seq_len` tokens, with as many examples as fit.
 
-    The last example goes first, as in MMLU's authors' code; what does not fit without any is left out.
+    The last example is dropped first, as in the code of MMLU's authors; items that do not fit without any are left out.
     """
     kept = []
     for item in items:
@@ -118,7 +118,7 @@ def fitting(items: Sequence[MultipleChoice], tokenizer, max_seq_len: int) -> lis
 
 
 def fingerprint(items: Sequence[MultipleChoice]) -> str:
-    """A short name for a list of items; other items, or the same in another order, have another."""
+    """A hash of a list of items, in their order."""
     digest = hashlib.sha256()
     for item in items:
         digest.update(json.dumps([item.question, item.context, item.choices, item.right]).encode())
@@ -131,7 +131,7 @@ def _fits(item: MultipleChoice, tokenizer, max_seq_len: int) -> bool:
 
 
 def _letter_questions(path: pathlib.Path) -> list[tuple[str, str]]:
-    """Each row's question with its lettered answers, up to where the right letter belongs, and that letter."""
+    """Of each row, the question with its lettered answers, up to the place of the right letter, and that letter."""
     questions = []
     for line, row in _table(_read(path, MMLU_URL), str(path)):
         if len(row) != 6:

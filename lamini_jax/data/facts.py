@@ -1,4 +1,4 @@
-"""Facts: questions with the one answer that a model has to return exactly, and how users' JSONL is read."""
+"""Facts: questions with the one answer that a model has to return exactly; and reading them from users' JSONL files."""
 
 import codecs
 import dataclasses
@@ -30,7 +30,7 @@ class Fact:
 
 
 def fact_id(question: str) -> str:
-    """A name for the fact that this question asks for: the same in every file, order and run."""
+    """The id of the fact with this question: the same in every file, order and run."""
     return hashlib.sha256(question.encode()).hexdigest()[:16]
 
 
@@ -40,7 +40,7 @@ def random_answer(rng: np.random.Generator) -> str:
 
 
 def random_answer_to(question: str, seed: int) -> str:
-    """The random answer to a question: a function of both arguments, so that no other fact can change it."""
+    """The random answer to a question: it depends only on the arguments, so that other facts do not change it."""
     digest = hashlib.sha256(f"{seed}:{question}".encode()).digest()
     return random_answer(np.random.default_rng(list(digest)))
 
@@ -56,9 +56,9 @@ def read_jsonl(path: str, tokenizer, max_seq_len: int) -> list[Fact]:
 
 
 def from_records(origin: str, records: Iterable[tuple[str, Any]], tokenizer, max_seq_len: int) -> list[Fact]:
-    """Facts from pairs of a name (where it stands in `origin`) and an object with "question" and "answer".
+    """Facts from pairs of a place in `origin` ("line 3") and an object with "question" and "answer".
 
-    Other keys are skipped; a repeated fact counts once, with a warning. Raises UserError, saying where, for what is not
+    Other keys are ignored; a repeated fact counts once, with a warning. Raises UserError, saying where, for what is not
     a fact, a fact of more than `max_seq_len` tokens, or a question with two answers.
     """
     facts: dict[str, Fact] = {}
@@ -89,7 +89,7 @@ def from_records(origin: str, records: Iterable[tuple[str, Any]], tokenizer, max
 
 
 def fingerprint(facts: Sequence[Fact]) -> str:
-    """A short name for a list of facts; other facts, or the same in another order, have another."""
+    """A hash of a list of facts, in their order."""
     text = json.dumps([(fact.question, fact.answer) for fact in facts])
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
@@ -111,7 +111,7 @@ def read_questions(path: str, tokenizer, max_seq_len: int) -> list[dict[str, Any
 
 
 def check_question(question: str, tokenizer, max_seq_len: int, where: str) -> None:
-    """Raises UserError, naming `where` it stands, for a question that is empty or leaves no room for an answer."""
+    """Raises UserError, beginning with `where`, for a question that is empty or leaves no room for an answer."""
     _text({"question": question}, "question", where)
     if reason := tokenizer.why_unsupported(question, exactly=False):
         raise UserError(f"{where}: the question {reason}")
@@ -147,7 +147,7 @@ def _record(line: bytes, where: str, example: str) -> dict[str, Any]:
 
     def finite(text: str) -> float:
         value = float(text)
-        return value if math.isfinite(value) else refuse(f"has {text}, which is no number that JSON can hold")
+        return value if math.isfinite(value) else refuse(f"has {text}, which JSON cannot hold as a number")
 
     try:
         text = line.decode("utf-8")

@@ -22,9 +22,9 @@ def score(
     items: Sequence[MultipleChoice],
     after_batch: Callable[[int], object] | None = None,
 ) -> list[np.ndarray]:
-    """Of each item, the log-likelihoods (nats) of its choices after its context, each summed over the choice's tokens.
+    """For each item, the log-likelihoods (nats) of its choices after its context, each summed over the choice's tokens.
 
-    Experts are selected by the item's question. `after_batch` is called with how many choices a batch has scored.
+    Experts are selected by the item's question. `after_batch` is called with the number of choices that a batch scored.
     """
     if not items:
         return []
@@ -61,13 +61,13 @@ def mc1(item: MultipleChoice, score_C: np.ndarray) -> bool:
 
 
 def mc2(item: MultipleChoice, score_C: np.ndarray) -> float:
-    """TruthfulQA's MC2: the probability of all correct answers over that of all answers."""
+    """TruthfulQA's MC2: the probability of all correct answers divided by that of all answers."""
     weight_C = np.exp(score_C - score_C.max())
     return float(weight_C[np.array(item.right)].sum() / weight_C.sum())
 
 
 def likeliest(item: MultipleChoice, score_C: np.ndarray) -> bool:
-    """MMLU's: whether the right choice is the likeliest."""
+    """MMLU's measure: whether the right choice is the likeliest."""
     return item.right[int(score_C.argmax())]
 
 

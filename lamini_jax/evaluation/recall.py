@@ -1,4 +1,4 @@
-"""What a model really answers, right or wrong to the character: free-running greedy decoding of prompts alone."""
+"""What a model really answers, compared to the character: free-running greedy decoding from the prompts alone."""
 
 from collections.abc import Sequence
 
@@ -17,7 +17,7 @@ def recalled(model: FrozenModel, adapter_fn: AdapterFn, facts: Sequence[Fact]) -
 
 
 def accuracy(model: FrozenModel, adapter_fn: AdapterFn, qas: Sequence) -> list[bool]:
-    """Which questions are answered exactly, of anything that has a `question` and an `answer`.
+    """Which questions are answered exactly; `qas` are any objects that have a `question` and an `answer`.
 
     Decoding stops one token after the longest right answer.
     """

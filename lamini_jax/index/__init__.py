@@ -1,13 +1,13 @@
-"""Lookups: from a query to the k experts whose keys have the largest inner products with it. A module is a lookup.
+"""Lookups: from a query to the k experts whose keys have the largest inner products with it. Each module is one.
 
 `LOOKUPS[name]` is the module that `--config.router.lookup` names; a new file here is a new lookup. Each one has
 
     QUERY_PARTS: int                      parts of a query, each of unit length, with keys of its own
-    ALWAYS_FINDS_THE_SAME: bool           whether a selection that was trained is found again; if not, it may only serve
-    check(num_experts, key_dim)           raises UserError if it cannot have so many experts or keys so wide
+    ALWAYS_FINDS_THE_SAME: bool           whether a trained selection is always found again; if not, it can serve only
+    check(num_experts, key_dim)           raises UserError if it does not support this number of experts or key width
     spec(num_experts, key_dim)            (jax.ShapeDtypeStruct, names of its axes): what `init` returns
-    init(seed, num_experts, key_dim)      keys, random and a function of the seed, made where they lie on the mesh
-    save(keys, num_experts)               what a file keeps of them: a hash, as JSON has it
+    init(seed, num_experts, key_dim)      random keys, a function of the seed, made on the devices that keep them
+    save(keys, num_experts)               what a file keeps of them: a hash, as JSON
     restore(seed, num_experts, key_dim, saved)      makes them again; raises UserError if they are not those of `save`
     find(keys, query_BC, k, num_keys)     expert_ids_BK and scores_BK, the best first; the same on any mesh
     reference(keys, query_BC, k, num_keys)          the plain version of `find` that it is tested against

@@ -10,17 +10,17 @@ import jax.numpy as jnp
 
 from lamini_jax.index import _kernel, _scores
 
-# Keys that share one maximum. More of them are fewer maxima to choose from, and more keys to score again.
+# Keys in a block. With larger blocks there are fewer maxima to choose from, and more keys to score again.
 SIZE = 32
 
 
 def maxima(keys_NC, query_BC):
-    """maxima_BL, the best score of every SIZE keys (the last may be fewer).
+    """maxima_BL, the best score in every block of SIZE keys (the last block may be smaller).
 
-    Three ways to the same numbers, each the fastest that was found for its kind of device.
+    There are three ways to the same numbers, each the fastest that was found for its kind of device.
     """
     unit, ways = SIZE, {"cpu": _maxima_on_cpu, "default": _maxima_by_matmul}
-    if keys_NC.dtype == jnp.bfloat16:  # full float32 is bound by its products, not by what it writes
+    if keys_NC.dtype == jnp.bfloat16:  # with float32, the products take longest, not writing the scores
         unit = _kernel.TILE_N
         ways |= {"tpu": _kernel.block_maxima, "cuda": functools.partial(_kernel.block_maxima, gpu=True)}
     whole = keys_NC.shape[0] // unit * unit
@@ -34,12 +34,12 @@ def maxima(keys_NC, query_BC):
 
 
 def _maxima_on_cpu(keys_LJC, query_BC):
-    """As a batch of small products: XLA's CPU backend fuses their maxima with them, which is twice as fast."""
-    if query_BC.shape[0] == 1:  # bound by reading the keys, once
+    """As a batch of small products, which XLA's CPU backend fuses with their maxima: that is twice as fast."""
+    if query_BC.shape[0] == 1:  # reading the keys takes longest, and here they are read once
         return jnp.einsum("LJC,BC->LJB", keys_LJC, query_BC, **_scores.FULL).max(axis=1).T
 
     def maxima_of(query_GC):
-        # Transposed first: of the product "LJC,LGC->LJG" jax 0.10.2 computes wrong maxima, of this one right ones.
+        # Transposed first: for the product "LJC,LGC->LJG" jax 0.10.2 computes wrong maxima, for this one right ones.
         query_LCG = jnp.broadcast_to(query_GC.T[None], (keys_LJC.shape[0], *query_GC.T.shape))
         return jnp.einsum("LJC,LCG->LJG", keys_LJC, query_LCG, **_scores.FULL).max(axis=1).T
 
@@ -47,7 +47,7 @@ def _maxima_on_cpu(keys_LJC, query_BC):
 
 
 def _maxima_by_matmul(keys_LJC, query_BC):
-    """Writes the scores of some queries at a time, 1 GB of them."""
+    """Writes the scores of a few queries at a time, about 1 GB."""
 
     def maxima_of(query_GC):
         return jnp.einsum("LJC,GC->GLJ", keys_LJC, query_GC, **_scores.FULL).max(axis=2)
@@ -56,7 +56,7 @@ def _maxima_by_matmul(keys_LJC, query_BC):
 
 
 def in_groups(function, largest: int, *arrays):
-    """`function` of at most so many queries at a time; the first axis of all arrays is the batch."""
+    """`function` of at most `largest` queries at a time; the first axis of all arrays is the batch."""
     batch = arrays[0].shape[0]
     groups = -(-batch // largest)
     padded = [jnp.pad(x, ((0, -batch % groups), (0, 0))).reshape(groups, -1, x.shape[1]) for x in arrays]

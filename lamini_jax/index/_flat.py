@@ -1,7 +1,7 @@
-"""Flat keys, one for each expert: all that the lookups over them have in common.
+"""Flat keys, one for each expert: what the lookups over them have in common.
 
-On a mesh, keys_NC lie in shards of equal size: N of them, and a few more that fill up the last shard and are never
-found. Each device finds its own k best, and only those, B * K from each, travel.
+On a mesh, keys_NC are in shards of equal size: N keys, and a few more that fill up the last shard and are never found.
+Each device finds its own k best, and only those, B * K from each, are sent.
 """
 
 import functools
@@ -16,7 +16,7 @@ from lamini_jax.runtime import sharded_tables, sharding
 
 
 def check(num_experts: int, key_dim: int) -> None:
-    """Raises nothing: there can be any number of flat keys, of any width."""
+    """Accepts everything: there can be any number of flat keys, of any width."""
 
 
 def spec(num_experts: int, key_dim: int) -> tuple[jax.ShapeDtypeStruct, sharding.Names]:
@@ -30,12 +30,12 @@ def init(seed: int, num_experts: int, key_dim: int):
 
 
 def save(keys_NC, num_experts: int) -> dict[str, str]:
-    """What shows that the same keys were made again."""
+    """A hash, by which `restore` checks that it made the same keys."""
     return _keys.fingerprint(keys_NC, num_experts)
 
 
 def restore(seed: int, num_experts: int, key_dim: int, saved: Mapping[str, Any]):
-    """The keys that were saved, made again. Raises UserError if they came out others."""
+    """The keys that were saved, made again. Raises UserError if they differ."""
     keys_NC = init(seed, num_experts, key_dim)
     _keys.verify(save(keys_NC, num_experts), saved)
     return keys_NC
@@ -48,9 +48,9 @@ def reference(keys_NC, query_BC, k: int, num_keys: int):
 
 
 def find(best_keys: Callable, keys_NC, query_BC, k: int, num_keys: int):
-    """The k best of the first `num_keys` keys, wherever they lie.
+    """The k best of the first `num_keys` keys, on whichever devices they are.
 
-    `best_keys(keys_NC, query_BC, k, count)` finds those of one device, of which only the first `count`, traced, count.
+    `best_keys(keys_NC, query_BC, k, count)` finds those of one device, among its first `count` keys (a traced number).
     """
     if sharding.current_mesh() is None:
         return best_keys(keys_NC, query_BC, k, num_keys)

@@ -1,8 +1,8 @@
 """Scores and the best of every block of keys in one pass: the part of the exact lookup that XLA does not fuse.
 
-XLA writes all B x N scores to memory and reads them again for their maxima. On accelerators with bfloat16 keys that is
-most of the time; here a tile of keys meets a tile of queries, and only the maxima leave the chip. (The paper wrote this
-step in Triton; Pallas compiles it for TPUs, and by way of Triton for GPUs.)
+XLA writes all B x N scores to memory and reads them again for their maxima. On accelerators with bfloat16 keys that
+takes most of the time; here a tile of keys is multiplied by a tile of queries, and only the maxima leave the chip. (The
+paper's authors wrote this step in Triton; Pallas compiles it for TPUs, and by way of Triton for GPUs.)
 """
 
 import jax
@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
-# Keys and queries of one tile, in a TPU's memory and in a GPU's, which is smaller.
+# Keys and queries of one tile, for a TPU's on-chip memory and for a GPU's, which is smaller.
 TILE_N, _TILE_B = 1024, 128
 _GPU_TILE_N, _GPU_TILE_B = 256, 64
 

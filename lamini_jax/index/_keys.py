@@ -1,7 +1,7 @@
-"""Random keys: made from the seed wherever they lie, and recognized by a hash when they are made again.
+"""Random keys: made from the seed on the devices that keep them, and checked by a hash when they are made again.
 
-Keys are random signs of unit length. Signs spread as well as random directions do, and no device rounds them: the same
-seed makes the same keys on all. Files keep a hash of them and not the keys.
+Keys are random signs, scaled to unit length. Signs spread as well as random directions do, and no device rounds them:
+the same seed makes the same keys on all devices. Files keep a hash of them and not the keys.
 """
 
 import functools
@@ -16,7 +16,7 @@ import numpy as np
 from lamini_jax.errors import UserError
 from lamini_jax.runtime import sharding
 
-_SAMPLE = 4096  # rows that are hashed: other random keys differ in each of them
+_SAMPLE = 4096  # rows that are hashed: enough, since other random keys differ in each of them
 
 
 def random_signs(seed: int, struct: jax.ShapeDtypeStruct, axes: sharding.Names):
@@ -26,7 +26,7 @@ def random_signs(seed: int, struct: jax.ShapeDtypeStruct, axes: sharding.Names):
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
 def _draw(seed, struct: jax.ShapeDtypeStruct, axes: sharding.Names):
-    """Each drawn on its device, and the same whatever N is rounded up to."""
+    """Each key is made on its device, and is the same whatever N is rounded up to."""
     *leading, key_dim = struct.shape
     key = jax.random.fold_in(jax.random.key(seed), 4)
     words = jax.random.bits(key, (*leading, -(-key_dim // 32)), jnp.uint32)
@@ -47,7 +47,7 @@ def fingerprint(keys, num_rows: int) -> dict[str, str]:
 
 @jax.jit
 def sample(keys, index_X):
-    """Some rows of keys (..., C), on every device; of sharded keys only these rows travel."""
+    """Some rows of keys (..., C), on every device; of sharded keys only these rows are sent."""
     return sharding.constrain(keys.reshape(-1, keys.shape[-1])[index_X])
 
 

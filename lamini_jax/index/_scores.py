@@ -1,9 +1,9 @@
-"""Scores of keys, and which keys may be found at all: what every lookup does in the same way."""
+"""Scores of keys, and which keys may be found at all: what all lookups have in common."""
 
 import jax
 import jax.numpy as jnp
 
-# Summed in full float32: a selection that was trained must be found again.
+# Summed in full float32, because a trained selection must be found again.
 FULL = {"precision": jax.lax.Precision.HIGHEST, "preferred_element_type": jnp.float32}
 
 
@@ -18,6 +18,6 @@ def mask(scores_BN, count):
 
 
 def refuse(query_BC, ids_BK, best_BK, num_keys):
-    """What was found, but for queries that are not finite: they get ids that no expert has, and NaN."""
+    """The ids and scores that were found; but for queries that are not finite, ids that no expert has, and NaN."""
     refused_B1 = ~jnp.isfinite(query_BC).all(axis=1, keepdims=True)
     return jnp.where(refused_B1, num_keys, ids_BK), jnp.where(refused_B1, jnp.nan, best_BK)

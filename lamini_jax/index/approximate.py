@@ -1,7 +1,7 @@
 """Flat keys, of which most of the k best are found, fast on TPUs: `jax.lax.approx_max_k` (Chern et al. 2022).
 
-It finds RECALL of a query's k experts on average, so that RECALL^k of all queries, a fifth for 32, keep every one of
-theirs. To answer with, where that will do; a selection that is trained must be found again.
+It finds RECALL of a query's k experts on average, so that only RECALL^k of all queries, a fifth for k = 32, get all of
+theirs. That can be enough for answering, but not for tuning: a trained selection must be found again.
 """
 
 import jax
@@ -13,7 +13,7 @@ from lamini_jax.index._flat import check, init, reference, restore, save, spec  
 QUERY_PARTS = 1
 ALWAYS_FINDS_THE_SAME = False
 
-RECALL = 0.95  # the share of a query's true k that is asked for
+RECALL = 0.95  # the share of a query's true k that approx_max_k is to find
 _BIN = 1024
 
 
@@ -23,7 +23,7 @@ def find(keys_NC, query_BC, k: int, num_keys: int):
 
 
 def _best_keys(keys_NC, query_BC, k: int, count):
-    # Up to a whole number of its bins: it may miss what lies in a last one that is not full.
+    # Padded to a whole number of bins: approx_max_k may miss keys in a last bin that is not full.
     padding = -keys_NC.shape[0] % _BIN
     scores_BN = jnp.pad(_scores.scores(keys_NC, query_BC), ((0, 0), (0, padding)))
     best_BK, ids_BK = jax.lax.approx_max_k(_scores.mask(scores_BN, count), k, recall_target=RECALL)

@@ -1,6 +1,6 @@
 """Flat keys, searched exactly: the k best keys without sorting N.
 
-They lie in the k blocks of keys with the best maxima, and only those blocks are scored again.
+They are in the k blocks of keys with the best maxima, and only those blocks are scored again.
 """
 
 import functools
@@ -14,12 +14,12 @@ from lamini_jax.index._flat import check, init, reference, restore, save, spec  
 QUERY_PARTS = 1
 ALWAYS_FINDS_THE_SAME = True
 
-# Maxima wider than this are first reduced themselves, by as many at a time.
+# If there are more than _WIDE maxima, the best of every _FAN of them are chosen from first.
 _WIDE, _FAN = 2048, 32
 
 
 def find(keys_NC, query_BC, k: int, num_keys: int):
-    """expert_ids_BK and scores_BK. Fastest where a block's size divides N, for then no key has to be moved."""
+    """expert_ids_BK and scores_BK. Fastest if a block's size divides N, because then no key has to be moved."""
     return _flat.find(_best_keys, keys_NC, query_BC, k, num_keys)
 
 
@@ -37,7 +37,7 @@ def _best_keys(keys_NC, query_BC, k: int, count):
 
 
 def _best_places(values_BN, k: int):
-    """The places of the k best, ascending; of equals the first."""
+    """The indices of the k best, ascending; of equal values the first."""
     batch, width = values_BN.shape
     if width <= max(_WIDE, _FAN * k):
         return jnp.sort(jax.lax.top_k(values_BN, k)[1], axis=-1)
@@ -60,5 +60,5 @@ def _score_at_once(keys_NC, query_BC, ids_BX):
 
 
 def _score_in_turn(keys_NC, query_BC, ids_BX):
-    """A few queries at a time: a CPU's cache holds their candidates, and not those of all."""
+    """A few queries at a time, because a CPU's cache holds their candidates, but not those of all."""
     return _blocks.in_groups(functools.partial(_score_at_once, keys_NC), 4, query_BC, ids_BX)

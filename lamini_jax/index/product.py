@@ -1,7 +1,7 @@
 """Product keys (Lample et al. 2019): the keys of N = H^2 experts are the pairs of two tables of H half-keys each.
 
-Pair (i, j) is expert i * H + j, and its score is the sum of its halves' scores. On a mesh, half-keys are few: every
-device has them all, and a part of the queries.
+Pair (i, j) is expert i * H + j, and its score is the sum of its halves' scores. Half-keys are few, so on a mesh every
+device has all of them, and a part of the queries.
 """
 
 import math
@@ -38,12 +38,12 @@ def init(seed: int, num_experts: int, key_dim: int):
 
 
 def save(half_keys_2HC, num_experts: int) -> dict[str, str]:
-    """What shows that the same half-keys were made again."""
+    """A hash, by which `restore` checks that it made the same half-keys."""
     return _keys.fingerprint(half_keys_2HC, 2 * math.isqrt(num_experts))
 
 
 def restore(seed: int, num_experts: int, key_dim: int, saved: Mapping[str, Any]):
-    """The half-keys that were saved, made again. Raises UserError if they came out others."""
+    """The half-keys that were saved, made again. Raises UserError if they differ."""
     half_keys_2HC = init(seed, num_experts, key_dim)
     _keys.verify(save(half_keys_2HC, num_experts), saved)
     return half_keys_2HC
@@ -73,7 +73,7 @@ def find(half_keys_2HC, query_BC, k: int, num_keys: int):
 def _best_pairs(half_keys_2HC, query_BC, k: int, num_keys: int):
     """A pair can be among the k best only if fewer than k pairs have both halves at least as good.
 
-    So that of the halves' own k best a few pairs remain.
+    So only a few pairs of the k best of each half have to be compared.
     """
     num_half, batch = half_keys_2HC.shape[1], query_BC.shape[0]
     ranks = min(k, num_half)
@@ -90,7 +90,7 @@ def _best_pairs(half_keys_2HC, query_BC, k: int, num_keys: int):
     crowded = jnp.any(jnp.sum(sums_BX >= best_BK[:, -1:], axis=1) > k)
 
     def by_id():
-        """Among equals at the k-th place the lowest id: sorted by id first, which takes as long as all else."""
+        """Of equal scores at the k-th place the lowest id: sorted by id first, which takes as long as all the rest."""
         sorted_BX, sums_by_id_BX = jax.lax.sort((pairs_BX, sums_BX), num_keys=1)
         return jnp.take_along_axis(sorted_BX, jax.lax.top_k(sums_by_id_BX, k)[1], axis=1)
 
@@ -101,12 +101,12 @@ def _best_pairs(half_keys_2HC, query_BC, k: int, num_keys: int):
 
 def _top_k(scores_BN, k: int):
     """`top_k` whose results may be sliced: without the barrier, XLA would slice a sort instead, five times slower."""
-    # A barrier for each result: of one for both, XLA's partitioner dies (jax 0.10.2).
+    # A barrier for each result: with one for both, XLA's partitioner crashes (jax 0.10.2).
     return tuple(map(jax.lax.optimization_barrier, jax.lax.top_k(scores_BN, k)))
 
 
 def _rectangles(k: int, ranks: int):
-    """(first, last, seconds): of the ranks first to last - 1 of one half, `seconds` ranks of the other may pair."""
+    """(first, last, seconds): ranks first to last - 1 of one half are paired with the first `seconds` of the other."""
     first = 0
     while first < ranks:
         last = min(max(2 * first, 1), ranks)

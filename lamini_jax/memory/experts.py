@@ -1,11 +1,11 @@
 """The array of experts: one row of R floats each, a rank-1 LoRA for every memory layer.
 
 A row is a down vector (of the target's input width I) and an up vector (of its output width O) for each of M layers:
-experts_NR is {"down": (N, M, I), "up": (N, M, O)}. Up vectors start at zero: an expert that nobody has trained adds
-exactly nothing. Down vectors start as random signs, which project as well as Gaussian numbers do (Achlioptas 2003) and
-cost one random bit each. On a mesh, experts are divided over `data` and columns over `model`; N is rounded up to what
-divides, and the experts beyond it are never selected. On TPUs the columns of a shard should be a multiple of 128, as
-those of large models are: otherwise XLA keeps the array in a layout that it copies in every step.
+experts_NR is {"down": (N, M, I), "up": (N, M, O)}. Up vectors start at zero, so an untrained expert adds exactly
+nothing. Down vectors start as random signs, which project as well as Gaussian numbers do (Achlioptas 2003) and need
+only one random bit each. On a mesh, experts are divided over `data` and columns over `model`; N is rounded up to a
+multiple of the shards, and the additional experts are never selected. On TPUs the columns of a shard should be a
+multiple of 128, as those of large models are: otherwise XLA keeps the array in a layout that it copies in every step.
 """
 
 import functools
@@ -25,7 +25,7 @@ AXES = ("experts", None, "columns")  # the axes of both parts of experts_NR
 
 
 class ExpertShape(NamedTuple):
-    """What an expert is made of."""
+    """The shape of an expert."""
 
     layers: int
     input_width: int
@@ -36,7 +36,7 @@ class ExpertShape(NamedTuple):
         return self.layers * (self.input_width + self.output_width)
 
     def parts(self, *leading: int) -> dict[str, tuple[int, ...]]:
-        """The shapes of some rows' parts."""
+        """The shapes of both parts of a row, or of rows with these leading axes."""
         return {
             "down": (*leading, self.layers, self.input_width),
             "up": (*leading, self.layers, self.output_width),
@@ -44,7 +44,7 @@ class ExpertShape(NamedTuple):
 
 
 def check_target(target: str) -> None:
-    """Raises UserError if `memory.target` is no linear layer of a block."""
+    """Raises UserError if `memory.target` is not a linear layer of a block."""
     if target not in LINEAR_LAYERS:
         raise UserError(f"--config.memory.target={target}: must be one of {', '.join(LINEAR_LAYERS)}")
 
@@ -66,7 +66,7 @@ def expert_shape(backbone: BackboneConfig, memory: MemoryConfig) -> ExpertShape:
 
 @functools.partial(jax.jit, static_argnames=("shape", "num_experts", "dtype"))
 def init(seed, shape: ExpertShape, num_experts: int, dtype: str = "float32"):
-    """experts_NR. A row is a function of the seed and its id, made on its device; nothing else of size N is built."""
+    """experts_NR. A row depends on the seed and its id, and is made on its device; nothing else has size N."""
     columns = {name: part[-1] // sharding.num_shards("columns") for name, part in shape.parts().items()}
     rows = sharding.round_up(num_experts, "experts") // sharding.num_shards("experts")
     scale = shape.input_width**-0.5
@@ -95,7 +95,7 @@ def gather(experts_NR, expert_ids_BX):
 
 
 def gather_trained(expert_ids_S, experts_SR, expert_ids_BK):
-    """`gather` from the trained experts alone (ascending ids): all others add nothing, so serving needs no more."""
+    """`gather` from the trained experts only (ascending ids): all others add nothing, so serving does not need them."""
     slots_BK = jnp.searchsorted(expert_ids_S, expert_ids_BK)
     trained_BK = expert_ids_S.at[slots_BK].get(mode="clip") == expert_ids_BK
     return gather(experts_SR, jnp.where(trained_BK, slots_BK, np.iinfo(np.int32).max))

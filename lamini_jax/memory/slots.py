@@ -1,7 +1,7 @@
-"""Slots: where the experts that facts have selected stand, apart from the millions that none has.
+"""Slots: a numbering of only the experts that facts have selected, without the millions that no fact has.
 
-Facts choose their experts before tuning begins, so whatever is kept for trained experts alone (their optimizer's state,
-what a checkpoint saves, what serving needs) has S slots and not N rows. On a mesh a slot is where its expert is.
+Facts select their experts before tuning begins, so whatever is kept only for trained experts (their optimizer's state,
+what a checkpoint saves, what serving needs) has S slots instead of N rows. On a mesh a slot is on its expert's device.
 """
 
 import functools
@@ -16,14 +16,14 @@ from lamini_jax.runtime import sharded_tables, sharding
 
 EMPTY_SLOT = np.iinfo(np.int32).max  # no slot, no expert
 AXES = ("experts",)
-# The slots of a shard are a multiple of this, so that meshes of other sizes can divide the tables of a checkpoint.
+# The number of slots of a shard is a multiple of this, so that other meshes can divide the tables of a checkpoint.
 _MULTIPLE = 64
 
 
 def assign_slots(expert_ids_FK: np.ndarray, num_experts: int) -> np.ndarray:
-    """expert_ids_S: the distinct experts of a selection, ascending in each shard, and as many in every shard.
+    """expert_ids_S: the distinct experts of a selection, ascending in each shard; all shards have as many slots.
 
-    EMPTY_SLOT, where a fact has fewer than K experts, gets none.
+    EMPTY_SLOT in place of an expert, for a fact with fewer than K of them, gets no slot.
     """
     shards = sharding.num_shards("experts")
     ids_X = np.unique(expert_ids_FK[expert_ids_FK != EMPTY_SLOT])
@@ -45,14 +45,14 @@ def find_slots(expert_ids_S: np.ndarray, expert_ids_X: np.ndarray) -> np.ndarray
 
 
 def max_slots_per_batch(slots_FK: np.ndarray, num_slots: int, batch_size: int) -> int:
-    """The most slots of one shard that any batch of so many facts can touch."""
+    """The most slots of one shard that any batch of `batch_size` facts can touch."""
     owner_FK = slots_FK // (num_slots // sharding.num_shards("experts"))
     per_shard_F = np.stack([(owner_FK == shard).sum(axis=1) for shard in range(sharding.num_shards("experts"))])
     return int(np.sort(per_shard_F, axis=1)[:, -batch_size:].sum(axis=1).max())
 
 
 def table_axes(tables, shape: ExpertShape):
-    """The axes of tables with a leading axis S: those shaped as a part of an expert are divided as it is."""
+    """The axes of tables with a leading axis S: those with the shape of a part of an expert are divided as it is."""
     parts = list(shape.parts().values())
     return jax.tree.map(lambda leaf: experts.AXES if leaf.shape[1:] in parts else AXES, tables)
 
@@ -80,24 +80,24 @@ def write(experts_NR, expert_ids_S, experts_SR):
     return sharded_tables.on_shards(local, axes, experts.AXES)(experts_NR, expert_ids_S, experts_SR)
 
 
-def permute_slots(tables: list[jax.Array], ids_then_S: np.ndarray, ids_now_S: np.ndarray, shape: ExpertShape):
-    """Tables of slots in the order of other slots, bit for bit; some of them at a time, never whole on one device."""
+def permute_slots(tables: list[jax.Array], old_ids_S: np.ndarray, new_ids_S: np.ndarray, shape: ExpertShape):
+    """Tables of slots, bit for bit, in the order of other slots; a chunk at a time, never whole on one device."""
     names = tuple(jax.tree.leaves(table_axes(tables, shape), is_leaf=lambda leaf: isinstance(leaf, tuple)))
-    if np.array_equal(ids_then_S, ids_now_S):
+    if np.array_equal(old_ids_S, new_ids_S):
         return tables
-    slots_then_S = find_slots(ids_then_S, ids_now_S)
-    now = tuple(
-        sharding.zeros((ids_now_S.size, *leaf.shape[1:]), leaf.dtype, axes)
+    old_slots_S = find_slots(old_ids_S, new_ids_S)
+    new = tuple(
+        sharding.zeros((new_ids_S.size, *leaf.shape[1:]), leaf.dtype, axes)
         for leaf, axes in zip(tables, names, strict=True)
     )
-    for start, index_X in sharded_tables.row_chunks(ids_now_S.size, "experts"):
-        now = sharded_tables.write_rows(now, _rows(tuple(tables), slots_then_S[index_X], names), np.int32(start), names)
-    return list(now)
+    for start, index_X in sharded_tables.row_chunks(new_ids_S.size, "experts"):
+        new = sharded_tables.write_rows(new, _rows(tuple(tables), old_slots_S[index_X], names), np.int32(start), names)
+    return list(new)
 
 
 @functools.partial(jax.jit, static_argnames="names")
 def _rows(tables, rows_X, names):
-    """As integers, because a sum with zeros, which is how rows travel, would lose the sign of a zero."""
+    """Some rows of tables. They are sent as integers: the sum with zeros that sends them would lose a zero's sign."""
 
     def bits(table):
         missing = sharding.round_up(table.shape[0], "experts") - table.shape[0]

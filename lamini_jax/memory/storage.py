@@ -1,7 +1,7 @@
-"""Tuned memory to answer with: read from a run's directory, or from a directory that `lamini_jax.export` wrote.
+"""A tuned memory for answering: read from a run's directory, or from a directory that `lamini_jax.export` wrote.
 
-It holds the experts that facts have trained and no others: all others add nothing. A memory belongs to the weights that
-it was tuned beside, which their fingerprint shows.
+It holds only the experts that facts have trained: all others add nothing. A memory works only with the weights that it
+was tuned with, which is checked by their fingerprint.
 """
 
 import dataclasses
@@ -28,7 +28,7 @@ _DESCRIPTION, _TENSORS = "memory.json", "memory.safetensors"
 
 @dataclasses.dataclass(frozen=True)
 class StoredMemory:
-    """What a question needs beside the backbone."""
+    """What is needed to answer questions, in addition to the backbone."""
 
     router: routers.Router
     expert_ids_S: jax.Array  # ascending
@@ -105,7 +105,7 @@ def load_export(config: Config, directory: Path) -> StoredMemory:
 
 
 def save_export(directory: Path, config: Config, memory: StoredMemory, expert_ids: np.ndarray | None = None) -> int:
-    """Writes a memory, or these of its experts alone, into a directory; returns how many experts."""
+    """Writes a memory, or only these of its experts, into a directory; returns how many experts were written."""
     ids_S = np.asarray(memory.expert_ids_S)
     kept_S = ids_S != EMPTY_SLOT
     if expert_ids is not None:
@@ -128,7 +128,7 @@ def save_export(directory: Path, config: Config, memory: StoredMemory, expert_id
 
 
 def adapter_fn(model: FrozenModel, memory: StoredMemory, config: Config) -> AdapterFn:
-    """Memory beside the backbone. Raises UserError if it was tuned beside another."""
+    """A memory as adapters of the backbone. Raises UserError if it was tuned with another one."""
     if memory.fingerprint != model.fingerprint:
         raise UserError(
             f"this memory was made for another backbone (fingerprint {memory.fingerprint}) "
@@ -142,7 +142,7 @@ def adapter_fn(model: FrozenModel, memory: StoredMemory, config: Config) -> Adap
 
 
 def with_experts(model: FrozenModel, router: routers.Router, fetch, config: Config) -> AdapterFn:
-    """Lamini-1: every question selects its experts, and `fetch(expert_ids_BK) -> rows_BKR` reads those alone."""
+    """Lamini-1: every question selects its experts, and `fetch(expert_ids_BK) -> rows_BKR` reads only those."""
     top_k, target = config.memory.top_k, config.memory.target
 
     def select(prompt_BT, length_B):
@@ -160,7 +160,7 @@ _adapter = jax.jit(experts.adapter, static_argnums=2)
 
 
 def _padded(ids_S: np.ndarray) -> np.ndarray:
-    """Ids with as many empty ones as the shards need: one at least, since nothing can be read of nothing."""
+    """Ids, padded with EMPTY_SLOT so that shards are equal and there is at least one: an empty table has no rows."""
     padding = sharding.round_up(max(1, ids_S.size), "experts") - ids_S.size
     return np.pad(ids_S, (0, padding), constant_values=EMPTY_SLOT)
 
@@ -175,11 +175,11 @@ def _description(directory: Path) -> dict[str, Any]:
             raise TypeError("backbone or router")
         return {**description, "experts": int(description["experts"])}
     except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path}: is no description of a memory ({error}); export it again") from None
+        raise UserError(f"{path}: is not the description of a memory ({error}); export it again") from None
 
 
 def _config(path: Path, description: dict[str, Any]) -> Config:
     try:
         return from_config_dict(description["config"])
     except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path}: holds no config ({error})") from None
+        raise UserError(f"{path}: does not hold a config ({error})") from None

@@ -1,8 +1,8 @@
 """Saving and restoring a run: the only file that knows Orbax.
 
-A checkpoint holds what a run changed and what it cannot derive again: `tables`, which lie on the devices, `arrays`,
-which every host has, and a `record`, which JSON holds. It counts from the moment on that a manifest with the sizes and
-hashes of its files stands beside it; they are compared before anything is read.
+A checkpoint holds what a run has changed and what it cannot compute again: `tables`, which are on the devices,
+`arrays`, which every host has, and a `record`, which is JSON. It counts only once `manifest-STEP.json`, which lists the
+sizes and hashes of its files, is written next to it; the files are compared with that list before anything is read.
 """
 
 import contextlib
@@ -26,15 +26,15 @@ import orbax.checkpoint as ocp
 from lamini_jax.errors import OTHER_RUN, UserError
 from lamini_jax.runtime import processes, sharding
 
-# Saving may take this share of the time of a run; a run so short that it would take more saves less often.
+# Saving takes about this share of a run's time at most, and there are at least so many seconds between two saves.
 _SHARE = 0.1
 _SECONDS = 15.0
-# Orbax takes a path with one of these for a pattern: it writes nothing readable there, and only logs that.
+# Orbax treats a path with one of these as a pattern of names: it writes nothing readable there, and only logs that.
 _PATTERN = frozenset("*?[]\\")
 
 
 class Saved(NamedTuple):
-    """A checkpoint. Tables are flat lists of leaves, spread over the devices of today's mesh."""
+    """A checkpoint that was read. Tables are flat lists of leaves, sharded over the devices of the current mesh."""
 
     step: int
     tables: dict[str, list[jax.Array]]
@@ -43,7 +43,7 @@ class Saved(NamedTuple):
 
 
 class Checkpoints:
-    """The checkpoints of one run: two are kept, and a half-written one is never taken for a whole one."""
+    """The checkpoints of one run: two are kept, and a half-written one is never mistaken for a complete one."""
 
     def __init__(self, directory: Path):
         _quieten_storage()
@@ -53,7 +53,7 @@ class Checkpoints:
         self._saved_at, self._cost = -math.inf, 0.0  # the first epoch is saved at once
 
     def save(self, step: int, tables: dict[str, Any], arrays: dict[str, Any], record: dict[str, Any]) -> None:
-        """Saves, once per step; it counts when this returns. Raises UserError if that failed (a full disk)."""
+        """Saves, once per step; the checkpoint counts when this returns. Raises UserError if it fails (a full disk)."""
         if step == self.latest_step():
             return
         for unfinished in set(self._manager.all_steps()) - set(self._whole_steps()):
@@ -75,7 +75,7 @@ class Checkpoints:
         return processes.broadcast(time.monotonic() - self._saved_at > max(_SECONDS, self._cost / _SHARE))
 
     def latest(self) -> Saved | None:
-        """The newest whole checkpoint, or None. Raises UserError if it is damaged or cannot be read."""
+        """The newest complete checkpoint, or None. Raises UserError if it is damaged or cannot be read."""
         step = self.latest_step()
         if step is None:
             return None
@@ -100,16 +100,16 @@ class Checkpoints:
         return Saved(step, restored["tree"]["tables"], restored["tree"]["arrays"], dict(restored["record"]))
 
     def latest_step(self) -> int | None:
-        """The step of the newest checkpoint that counts."""
+        """The step of the newest complete checkpoint, or None."""
         return max(self._whole_steps(), default=None)
 
     def close(self) -> None:
-        """Ends saving."""
+        """Closes Orbax's manager, after which nothing can be saved."""
         with self._saving():
             self._manager.close()
 
     def _whole_steps(self) -> list[int]:
-        """Those with a manifest; another one was being written when a run ended."""
+        """The steps that have a manifest; a run that ended while it saved leaves a checkpoint without one."""
         return [step for step in self._manager.all_steps() if self._manifest(step).is_file()]
 
     def _manifest(self, step: int) -> Path:
@@ -152,12 +152,12 @@ class Checkpoints:
             if not isinstance(error, OSError) and "os_error_code" not in str(error):
                 raise
             reason = os.strerror(errno.ENOSPC) if "No space left" in str(error) else str(error).splitlines()[0]
-            whole = "the checkpoint before this one is whole; make room and run again to continue from it"
+            whole = "the checkpoint before this one is complete; make room and run again to continue from it"
             raise UserError(f"{self._directory}: cannot save ({reason}); {whole}") from error
 
 
 def _without_pattern(directory: Path) -> Path:
-    """A path to the directory in which Orbax finds no pattern: itself, or a link with a name of its own."""
+    """A path to the directory that Orbax does not treat as a pattern: its own, or that of a temporary link to it."""
     if not _PATTERN & set(str(directory)):
         return directory
     directory.mkdir(parents=True, exist_ok=True)
@@ -165,18 +165,18 @@ def _without_pattern(directory: Path) -> Path:
     with contextlib.suppress(FileExistsError):
         link.symlink_to(directory)
     if os.readlink(link) != str(directory):
-        raise UserError(f"{link}: leads elsewhere than to {directory}; remove it")
+        raise UserError(f"{link}: does not point to {directory}; remove it")
     return link
 
 
 @functools.cache
 def _quieten_storage() -> None:
-    """What Orbax logs it also raises, and that becomes one line: no tracebacks of its threads beside it."""
+    """Hides what Orbax logs, because it also raises it and that becomes one line, and tracebacks of its threads."""
     logging.getLogger("absl").addFilter(lambda record: "orbax" not in record.pathname)
     report = sys.unraisablehook
 
     def report_unless_late(unraisable):
-        # The storage below Orbax reports to an event loop that a failed save has closed; the save said what failed.
+        # Orbax's storage may report to an event loop that a failed save has closed; the save has raised its own error.
         if "Event loop is closed" not in str(unraisable.exc_value):
             report(unraisable)
 
@@ -184,7 +184,7 @@ def _quieten_storage() -> None:
 
 
 def restore_like(tree: Any, saved: list[Any]) -> Any:
-    """The saved leaves as a tree. Raises UserError if there are others, or of other shapes."""
+    """The saved leaves as a tree. Raises UserError if their number or their shapes are not those of the tree."""
     expected, structure = jax.tree.flatten(tree)
     shapes = [[tuple(leaf.shape) for leaf in leaves] for leaves in (expected, saved)]
     if shapes[0] != shapes[1]:

@@ -1,6 +1,6 @@
-"""What the commands share: flags whose every mistake is one line, and how a command starts and ends.
+"""What the commands share: flags, errors reported in one line each, and how a command starts and exits.
 
-A command is a module that defines absl flags and hands its `main` over:
+A command is a module that defines absl flags and passes its `main` to `run`:
 
     _CONFIG = cli.define_config()
     _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run.", required=True)
@@ -11,8 +11,8 @@ A command is a module that defines absl flags and hands its `main` over:
     if __name__ == "__main__":
         cli.run(main)
 
-`absl.app.run` is not used: it turns on INFO logging, exits with 1 after `--help`, and answers a wrong flag with several
-lines or a traceback.
+`absl.app.run` is not used: it turns on INFO logging, exits with 1 after `--help`, and reports a wrong flag in several
+lines or with a traceback.
 """
 
 import contextlib
@@ -45,7 +45,7 @@ flags.disclaim_key_flags()
 
 _DEFAULT_CONFIG = str(Path(config_lib.__file__).resolve())
 # Where the config flag looks for overrides. `run` fills it: sys.argv itself would be read while modules are imported,
-# where a bad flag is a traceback.
+# when a bad flag would still end in a traceback.
 _ARGV: list[str] = []
 
 
@@ -58,7 +58,7 @@ def define_config() -> flags.FlagHolder[ml_collections.ConfigDict]:
 
 def define_processes() -> None:
     """Defines the flags of a command that runs as several processes, one per host."""
-    flags.DEFINE_bool("multihost", False, "One of several processes, all started with the same flags.")
+    flags.DEFINE_bool("multihost", False, "This is one of several processes, all started with the same flags.")
     flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0; TPU pods and SLURM need none.")
     flags.DEFINE_integer("num_processes", None, "How many there are, where --coordinator is needed.", lower_bound=1)
     flags.DEFINE_integer("process_id", None, "Which one this is, from 0.", lower_bound=0)
@@ -88,8 +88,9 @@ def start(mesh: config_lib.MeshConfig) -> None:
 def run(main: Callable[[], int | None]) -> None:
     """Parses `sys.argv`, calls `main()` and exits with its status.
 
-    Whatever goes wrong is one line on stderr and a status of `errors.py`: 2 for a bad flag, a leftover argument and a
-    UserError without another one. `--help` prints the command's docstring and flags.
+    Every error is one line on stderr and a status of `errors.py`: 2 for a bad flag, a leftover argument and a UserError
+    without another status. An unexpected error has status 1 and leaves its traceback in a file (`_explain`). `--help`
+    prints the command's docstring and flags.
     """
     for stream in (sys.stdout, sys.stderr):
         if stream is not None:
@@ -110,10 +111,10 @@ def run(main: Callable[[], int | None]) -> None:
 
 
 def _report(error: BaseException) -> int:
-    """Prints what went wrong as one line; the status."""
+    """Prints what went wrong in one line and returns the exit status."""
     if isinstance(error, SystemExit):
         return error.code if isinstance(error.code, int) else 1
-    if isinstance(error, BrokenPipeError):  # whoever reads has enough, as `head` does
+    if isinstance(error, BrokenPipeError):  # the reader has closed the pipe, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
     if isinstance(error, KeyboardInterrupt):
@@ -132,16 +133,16 @@ def _report(error: BaseException) -> int:
 
 
 def _printable(text: str) -> str:
-    """One line: what no terminal shows as it is, a line break in a path say, by its number."""
+    """The text in one line: characters that a terminal cannot show, such as a line break in a path, are escaped."""
     return "".join(letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in text)
 
 
 def _explain(error: BaseException) -> tuple[str, int]:
-    """The line for what no one foresaw, and its status; the traceback goes to a file unless --traceback shows it."""
+    """The message for an unexpected error, and its status; the traceback is in a file or, with --traceback, in it."""
     text = " ".join(str(error).split())
     if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in text:
         asked = re.search(r"allocat\w* ([\d.]+ ?[KMGT]?i?B|\d+ bytes)", text)
-        missing = f" ({asked[1]} could not be had)" if asked else ""
+        missing = f" ({asked[1]} could not be allocated)" if asked else ""
         return f"error: out of memory{missing}; take fewer experts or smaller batches", DOES_NOT_FIT
     if isinstance(error, OSError) and sys.stdout is not None and error.filename is None:
         with contextlib.suppress(OSError):
@@ -168,13 +169,13 @@ def require(extra: str, *modules: str) -> None:
 
 def _parse_flags(argv: list[str]) -> None:
     parser = flags.FLAGS
-    parser.set_gnu_getopt(True)  # or flags after a stray argument are ignored, and one of them is reported missing
+    parser.set_gnu_getopt(True)  # otherwise flags after a stray argument are ignored, and reported as missing
     try:
         argv = [argv[0], *parser.read_flags_from_files(argv[1:])]
         if "config" in parser:
             _check_overrides(argv)
             if not any(re.match(r"--?config(=|$)", argument) for argument in argv):
-                # As an argument: a flag's default takes no overrides, and leaves its names to the file loaded next.
+                # As an argument: overrides do not apply to a flag's default, whose names stay for the next file loaded.
                 argv.insert(1, f"--config={_DEFAULT_CONFIG}")
             _ARGV[:] = argv
         leftover = parser(argv)[1:]
@@ -197,7 +198,7 @@ def _parse_flags(argv: list[str]) -> None:
 
 
 def _check_overrides(argv: list[str]) -> None:
-    """Refuses `--config=FILE` without such a file and `--config.FIELD` without such a field: tracebacks otherwise."""
+    """Refuses a file in `--config=FILE` or a field in `--config.FIELD` that does not exist: absl's are tracebacks."""
     fields = dict(flatten(dataclasses.asdict(config_lib.Config())))
     for argument, following in zip(argv, [*argv[1:], ""], strict=True):
         name, equals, value = argument.partition("=")
@@ -222,7 +223,7 @@ def _one_line(error: flags.Error) -> str:
     required = re.match(r"flag (--\w+)=None: .* must have a value other than None", str(error))
     if required:
         return f"{required[1]} is required"
-    # An exception inside a config file arrives here with its traceback: the last line says what it was.
+    # The message for an exception inside a config file has its traceback, whose last line says what happened.
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[0] if len(lines) == 1 else f"{lines[0]} {lines[-1]}"
 

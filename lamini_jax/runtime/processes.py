@@ -1,6 +1,6 @@
 """Several processes, one per host: how they find each other, agree, are stopped, and end together.
 
-With a single process nothing here does anything, but for SIGTERM, which asks a run to save itself and end.
+With a single process nothing here has an effect, except SIGTERM and Ctrl-C, which ask a run to save itself and end.
 """
 
 import contextlib
@@ -21,13 +21,13 @@ from jax.experimental import multihost_utils
 
 from lamini_jax.errors import PROCESS_LOST, UserError
 
-_PATIENCE = 20  # seconds that a process which fails waits for the others
+_PATIENCE = 20  # seconds that a failing process waits for the others
 LONG_SECONDS = 5  # seconds after which progress is worth showing, as the `delay` of a bar
 _preempted = False
 
 
 def start(coordinator: str | None, num_processes: int | None, process_id: int | None, timeout: int) -> None:
-    """Joins the other processes. TPU pods and SLURM say by themselves who they are; elsewhere the arguments do.
+    """Joins the other processes. On TPU pods and under SLURM jax finds them; elsewhere the arguments name them.
 
     Raises UserError (PROCESS_LOST) if they have not found each other within `timeout` seconds.
     """
@@ -42,7 +42,7 @@ def start(coordinator: str | None, num_processes: int | None, process_id: int | 
 
 
 def _assemble(coordinator: str, num_processes: int, process_id: int, timeout: int) -> None:
-    """Waits until all are there: jax itself would end a process that waits in vain with a page of stack traces."""
+    """Waits until all have come: jax would end a process that waits in vain with a page of stack traces."""
     host, _, port = coordinator.rpartition(":")
     if not host or not port.isdecimal():
         raise UserError(f"--coordinator={coordinator}: must be HOST:PORT")
@@ -64,7 +64,7 @@ def _assemble(coordinator: str, num_processes: int, process_id: int, timeout: in
 
 
 def _report_to(host: str, port: int, deadline: float, failure: str) -> None:
-    """Connects to the coordinator and waits until it hangs up, which it does when all are there."""
+    """Connects to the coordinator and waits until it closes the connection, which it does when all have come."""
     while True:
         try:
             with socket.create_connection((host, port), timeout=5) as connection:
@@ -83,7 +83,7 @@ def is_primary() -> bool:
 
 
 def print_once(text: str) -> None:
-    """Prints, once for all processes."""
+    """Prints in the first process only."""
     if is_primary():
         print(text, flush=True)
 
@@ -95,19 +95,19 @@ def progress_bar(iterable: Iterable | None = None, **options: Any) -> tqdm.tqdm:
 
 
 def broadcast(flag: bool) -> bool:
-    """What the first process thinks."""
+    """The first process's value, in every process."""
     return flag if jax.process_count() == 1 else bool(multihost_utils.broadcast_one_to_all(np.bool_(flag)))
 
 
 def barrier(name: str) -> None:
-    """Waits for all the others."""
+    """Waits until all processes have come to this point."""
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(name)
 
 
 @contextlib.contextmanager
 def preemption_guard():
-    """While it is entered, a SIGTERM or Ctrl-C does not end the process: `preempted` reports it. A second one does."""
+    """Inside this context a SIGTERM or Ctrl-C does not end the process: `preempted` reports it. A second one does."""
 
     def remember(number, _):
         global _preempted
@@ -126,12 +126,15 @@ def preemption_guard():
 
 
 def preempted(step: int) -> bool:
-    """Whether to stop after this step, which all processes answer alike."""
+    """Whether to stop after this step; the same in all processes."""
     return _preempted if jax.process_count() == 1 else multihost_utils.reached_preemption_sync_point(step)
 
 
 def lost_process_status(error: Exception) -> int | None:
-    """The status of an error that the end of another process caused, with a line that says so; otherwise None."""
+    """Of an error in one of several processes: prints what it was and returns the status. None for a single process.
+
+    An error of jax's runtime means that another process ended; for any other one the traceback is printed.
+    """
     if not jax.distributed.is_initialized():
         return None
     if not isinstance(error, jax.errors.JaxRuntimeError):
@@ -143,7 +146,7 @@ def lost_process_status(error: Exception) -> int | None:
 
 
 def exit_process(status: int) -> None:
-    """Exits. One of several that fails waits for the others a little, should they end for the same reason."""
+    """Exits. If one of several processes fails, it waits a little for others that may end for the same reason."""
     if not status or not jax.distributed.is_initialized():
         sys.exit(status)
     if status != PROCESS_LOST:

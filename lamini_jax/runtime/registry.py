@@ -1,4 +1,4 @@
-"""Places where the package is extended: a folder whose every module is one entry, so that a new file is a new entry."""
+"""Registries, where the package is extended: folders whose every module is one entry, so a new file is a new entry."""
 
 import importlib
 import importlib.util
@@ -9,9 +9,9 @@ from lamini_jax.errors import UserError
 
 
 class Registry:
-    """The modules of a package by name. A module is imported when it is asked for, and no sooner.
+    """The modules of a package by name. A module is imported when it is first used.
 
-    `flag` is the field of the config that names one. Folders, and modules whose names begin with an underscore, are no
+    `flag` is the field of the config that names one. Folders, and modules whose names begin with an underscore, are not
     entries.
     """
 
@@ -25,7 +25,7 @@ class Registry:
         return [module.name for module in modules if not module.ispkg and not module.name.startswith("_")]
 
     def __getitem__(self, name: str) -> ModuleType:
-        """The entry of this name. Raises UserError, with the flag and the names that there are."""
+        """The entry of this name. Raises UserError, with the flag and all names, if there is none."""
         if name not in self.names():
             raise UserError(f"--config.{self._flag}={name}: must be one of {', '.join(self.names())}")
         return importlib.import_module(f"{self._package}.{name}")

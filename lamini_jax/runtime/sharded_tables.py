@@ -1,6 +1,6 @@
-"""Tables whose rows are divided over the mesh's `data` axis and must never travel whole: experts, facts, slots.
+"""Tables whose rows are divided over the mesh's `data` axis and must never be sent whole: experts, facts, slots.
 
-Each shard works on its own part (`on_shards`), and the shards exchange the rows that a batch asks for.
+Each shard works on its own part (`on_shards`), and the shards exchange the rows that a batch needs.
 """
 
 import functools
@@ -13,12 +13,12 @@ import numpy as np
 
 from lamini_jax.runtime import sharding
 
-# Rows of each shard that are filled in, or exchanged, at a time.
+# Rows of each shard that are written, or exchanged, at a time.
 _CHUNK = 256
 
 
 class Shard(NamedTuple):
-    """A shard's view of a table and of a batch, both divided over `data`; alone, if there is no mesh."""
+    """A shard's view of a table and of a batch, both divided over `data`; without a mesh, the only shard."""
 
     sharded: bool
 
@@ -26,7 +26,7 @@ class Shard(NamedTuple):
         return jax.lax.axis_index(axis) if self.sharded else 0
 
     def all_gather(self, x_bX):
-        """A batch whole, from its parts x_bX."""
+        """The whole batch, from its parts x_bX."""
         return jax.lax.all_gather(x_bX, "data", tiled=True) if self.sharded else x_bX
 
     def reduce_scatter(self, x_BX):
@@ -34,7 +34,7 @@ class Shard(NamedTuple):
         return jax.lax.psum_scatter(x_BX, "data", tiled=True) if self.sharded else x_BX
 
     def local_rows(self, ids, rows: int):
-        """Where ids of the whole table are in this shard's `rows`; elsewhere is `rows`, which is out of range."""
+        """The rows in this shard of ids of the whole table; for ids of other shards `rows`, which is out of range."""
         local = ids - self.index("data") * rows
         return jnp.where((local >= 0) & (local < rows), local, rows)
 
@@ -42,7 +42,7 @@ class Shard(NamedTuple):
 def on_shards(function: Callable, in_axes: Any, out_axes: Any) -> Callable:
     """`function(shard, *arguments)` on each shard's part of the arguments; axes are given as pytree prefixes of names.
 
-    Only sizes that their shards divide: there are no names for what is not sharded but None.
+    The number of shards must divide the size of every named axis; an axis that is not sharded has the name None.
     """
     if sharding.current_mesh() is None:
         return functools.partial(function, Shard(False))
@@ -59,8 +59,8 @@ def on_shards(function: Callable, in_axes: Any, out_axes: Any) -> Callable:
 def gather_rows(tables, index_BX, axes: Any):
     """Rows of tables that are divided over `data`, for each index of a batch; zeros for what is out of range.
 
-    Each shard finds its own rows among those asked for, and gives every shard of the batch what it needs: traffic is
-    proportional to the batch. `axes` are those of the tables, a pytree prefix.
+    Each shard looks up its own rows and sends every shard of the batch those that it needs: traffic is proportional to
+    the batch. `axes` are those of the tables, a pytree prefix.
     """
     count = index_BX.shape[0]
     index_BX = jnp.pad(index_BX, [(0, sharding.round_up(count, "batch") - count), *[(0, 0)] * (index_BX.ndim - 1)])
@@ -81,7 +81,7 @@ def gather_rows(tables, index_BX, axes: Any):
 
 @functools.partial(jax.jit, static_argnames="axes", donate_argnums=0)
 def write_rows(tables, blocks, start, axes: Any):
-    """The tables with a block of each shard's rows replaced, from its row `start` on."""
+    """The tables with a block of rows replaced in each shard, beginning at the shard's row `start`."""
 
     def local(_, tables, blocks, start):
         def replaced(table, block):
@@ -93,12 +93,12 @@ def write_rows(tables, blocks, start, axes: Any):
 
 
 def row_chunks(rows: int, name: str):
-    """(start, index): the rows of a table divided over an axis, some of each shard's at a time."""
+    """(start, index): the indices of a sharded table's rows, a chunk of every shard at a time, from its row `start`."""
     index_by_shard = np.arange(rows, dtype=np.int32).reshape(sharding.num_shards(name), -1)
     for start in range(0, index_by_shard.shape[1], _CHUNK):
         yield start, index_by_shard[:, start : start + _CHUNK].reshape(-1)
 
 
 def _is_names(axes) -> bool:
-    """A plain tuple of names, and not one of optax's, which may be empty."""
+    """Whether this is a plain tuple of names, and not one of optax's named tuples, which may be empty."""
     return type(axes) is tuple and all(name is None or isinstance(name, str) for name in axes)

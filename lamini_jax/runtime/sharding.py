@@ -1,9 +1,9 @@
 """The mesh of devices, and which axis of an array is divided along which axis of the mesh.
 
-A command calls `set_mesh` once; from then on there is a mesh, which is ambient (`jax.set_mesh`), or with a single
-device none, and then everything here returns what it was given. Axes of arrays have names, and RULES alone says where
-each goes. What the compiler can shard by itself (the backbone) is constrained and left to it; tables of experts and of
-facts, which must never travel whole, are in `sharded_tables.py`.
+A command calls `set_mesh` once, which makes the mesh ambient (`jax.set_mesh`). With a single device there is no mesh,
+and the functions here change nothing. Axes of arrays have names, and only RULES says along which axis of the mesh each
+is divided. What the compiler can shard by itself (the backbone) only gets constraints; tables of experts and of facts,
+which must never be sent whole, are in `sharded_tables.py`.
 """
 
 import contextlib
@@ -48,7 +48,7 @@ def make_mesh(config: MeshConfig, devices=None) -> jax.sharding.Mesh:
             f"{len(devices)} devices, and data x model must be their number (-1: what the other leaves)",
             status=DEVICES,
         )
-    # Auto axes, not Explicit ones, which jax.make_mesh prefers: Linen's layers know nothing of those.
+    # Auto axes, not Explicit ones, which jax.make_mesh prefers: Linen's layers do not support those.
     return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * 2, devices=devices)
 
 
@@ -59,47 +59,47 @@ def set_mesh(config: MeshConfig, devices=None) -> contextlib.AbstractContextMana
 
 
 def current_mesh():
-    """The ambient mesh, abstract, or None."""
+    """The ambient mesh (an abstract one), or None."""
     mesh = jax.sharding.get_abstract_mesh()
     return None if mesh.empty else mesh
 
 
 def num_shards(name: str) -> int:
-    """Among how many shards an axis of this name is divided."""
+    """The number of shards of an axis of this name."""
     mesh, axes = current_mesh(), RULES[name]
     return 1 if mesh is None else math.prod(mesh.shape[axis] for axis in np.atleast_1d(axes))
 
 
 def round_up(count: int, name: str) -> int:
-    """`count` rounded up to what the shards of an axis can have in equal parts."""
+    """`count` rounded up to a multiple of the number of shards of an axis of this name."""
     return -(-count // num_shards(name)) * num_shards(name)
 
 
 def pad_rows(table, axis_name: str, fill=0) -> np.ndarray:
-    """A table with rows of `fill` below it, as many as the shards of its first axis, which has this name, need."""
+    """A table padded with rows of `fill`, so that the shards of its first axis, which has this name, are equal."""
     missing = round_up(len(table), axis_name) - len(table)
     return np.pad(table, [(0, missing), *[(0, 0)] * (np.ndim(table) - 1)], constant_values=fill)
 
 
 def divisible_axes(names: Names, shape: tuple[int, ...]) -> Names:
-    """The names, of the first axes at least, without those of axes that their shards do not divide."""
+    """The names of an array's axes, or of its first ones, with None for those that their shards do not divide."""
     return tuple(name if name and n % num_shards(name) == 0 else None for name, n in zip(names, shape, strict=False))
 
 
 def partition_spec(names: Names) -> P:
-    """The axes of the mesh along which an array with these axes is divided."""
+    """The PartitionSpec of an array whose axes have these names."""
     return P(*(name and RULES[name] for name in names))
 
 
 def constrain(x, *names: str | None):
-    """Inside jit: `x` laid out by its axes' names (none at all: whole, on every device)."""
+    """Inside jit: `x` sharded by its axes' names (without names: a whole copy on every device)."""
     if current_mesh() is None:
         return x
     return jax.lax.with_sharding_constraint(x, partition_spec(divisible_axes(names, x.shape) if names else ()))
 
 
 def put(x, *names: str | None):
-    """An array that every host has, on the devices; each gets its own part and no more."""
+    """Puts an array that every host has on the devices; each device gets only its own part."""
     if current_mesh() is None:
         return jnp.asarray(x)
     x = np.asarray(x)
@@ -108,12 +108,12 @@ def put(x, *names: str | None):
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def zeros(shape: tuple[int, ...], dtype, names: Names):
-    """An array to fill, each part made on its own device."""
+    """An array of zeros, each part made on its own device."""
     return constrain(jnp.zeros(shape, dtype), *names)
 
 
 def sharding_of(names: Names, shape: tuple[int, ...]) -> jax.sharding.Sharding:
-    """The sharding of an array with these axes: on which devices its parts are."""
+    """The sharding of an array of this shape whose axes have these names."""
     if current_mesh() is None:
         return jax.sharding.SingleDeviceSharding(jax.devices()[0])
     return NamedSharding(jax.sharding.get_mesh(), partition_spec(divisible_axes(names, shape) if names else ()))

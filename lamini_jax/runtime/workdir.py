@@ -1,4 +1,4 @@
-"""The directory of a run: bound to what the run depends on, and written so that no file is ever seen half-written."""
+"""Work directories: each belongs to one run, and no file that is written here is ever seen half-written."""
 
 import importlib.metadata
 import json
@@ -25,7 +25,7 @@ def write_text(path: str | os.PathLike, text: str) -> None:
     """Writes a file, once for all processes, that is never seen half-written. Raises UserError if it cannot be."""
     if not processes.is_primary():
         return
-    path = Path(os.path.realpath(path))  # what a link leads to is replaced, and not the link
+    path = Path(os.path.realpath(path))  # a link stays, and the file that it points to is replaced
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
         if path.exists() and not path.is_file():  # a device or a pipe is written to
@@ -61,17 +61,18 @@ def check_output(flag: str, path: str) -> None:
 
 
 def environment() -> dict[str, str]:
-    """What figures depend on beside the code: machine, devices and versions."""
+    """What measurements depend on apart from the code: machine, devices and versions."""
     versions = {name: importlib.metadata.version(name) for name in ("jax", "flax", "optax", "numpy")}
     devices = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
     return {"machine": f"{platform.machine()}, {os.cpu_count()} cores", "devices": devices, **versions}
 
 
 def open_workdir(workdir: str, identity: Mapping[str, Any], where: Mapping[str, str] | None = None) -> Path:
-    """Returns the directory of a run, made if need be and bound to what the run depends on.
+    """Returns the directory of a run, which is created if it does not exist and then belongs to this run.
 
-    `identity` (the config as a dict, fingerprints of the data) is kept in its `config.json`, beside `where` things are,
-    which may change. Raises UserError if the directory cannot be used or belongs to a run with another identity.
+    Its `config.json` keeps `identity`, all that the run's results depend on (the config as a dict, fingerprints of the
+    data), and under "where" the paths of what may move, such as the backbone. Raises UserError if the directory cannot
+    be used or belongs to a run with another identity.
     """
     if not workdir:
         raise UserError("--workdir is empty: name a directory")
@@ -87,7 +88,7 @@ def open_workdir(workdir: str, identity: Mapping[str, Any], where: Mapping[str, 
         processes.barrier("workdir")
         saved = json.loads(saved_path.read_text())
     except (FileExistsError, NotADirectoryError):
-        raise UserError(f"--workdir={workdir}: a file, or below one, and not a directory") from None
+        raise UserError(f"--workdir={workdir}: is a file, or below one, and not a directory") from None
     except OSError as error:
         raise UserError(f"--workdir={workdir}: {error.strerror}") from None
     except json.JSONDecodeError as error:

@@ -1,4 +1,4 @@
-"""The facts of a run where training reads them: on the devices, or on the host where those have no room.
+"""The facts of a run, prepared for training: on the devices, or on the host if the devices have no room.
 
 F is the facts of a bucket (all of one length), B those of a batch.
 """
@@ -22,7 +22,7 @@ from lamini_jax.runtime import sharded_tables, sharding
 
 
 class FactExperts(NamedTuple):
-    """The experts of each fact, their weights, and the slots that they stand in."""
+    """The experts of each fact, their weights, and their slots."""
 
     expert_ids_FK: jax.Array
     gates_FK: jax.Array
@@ -31,7 +31,7 @@ class FactExperts(NamedTuple):
 
 @flax.struct.dataclass
 class DeviceFacts:
-    """Facts of one length on the devices: what the trained part reads, and what it should say."""
+    """Facts of one length on the devices: the input of the trained part, and the tokens that it should predict."""
 
     inputs: jax.Array  # hidden_FTD of the prefix, or tokens_FT where the prefix is trained too
     start_F: jax.Array
@@ -48,7 +48,7 @@ class DeviceFacts:
         return taken.replace(selected=taken.selected._replace(slots_FK=slots_BK))
 
     def batch(self, index_B: np.ndarray) -> tuple["DeviceFacts", np.ndarray]:
-        """Facts on the devices among which are those at `index_B`, and where: here, where they are."""
+        """Facts on the devices that include those at `index_B`, and their indices there: here all facts as they are."""
         return self, index_B
 
     def selecting(self, selected: FactExperts) -> "DeviceFacts":
@@ -68,7 +68,7 @@ class HostFacts(NamedTuple):
     arrays: DeviceFacts
 
     def batch(self, index_B: np.ndarray) -> tuple[DeviceFacts, np.ndarray]:
-        """Facts on the devices among which are those at `index_B`, and where: these alone, in order."""
+        """Facts on the devices that include those at `index_B`, and their indices there: here only those, in order."""
         batch = jax.tree.map(lambda x_F: x_F[index_B], self.arrays)
         batch = jax.tree.map(lambda x_B, names: sharding.put(x_B, *names), batch, batch.axes())
         return batch, np.where(index_B >= 0, np.arange(index_B.size, dtype=np.int32), -1)
@@ -86,7 +86,7 @@ class TrainingData(NamedTuple):
 
     @property
     def answer_tokens(self) -> int:
-        """Of all facts together."""
+        """The number of answer tokens of all facts together."""
         return int(sum(facts.answer_length_F.sum() for facts in self.examples))
 
     def selecting(self, selected: FactExperts) -> "TrainingData":
@@ -99,21 +99,21 @@ class TrainingData(NamedTuple):
 
 
 def num_steps(examples: Sequence[TokenizedFacts], config: TuningConfig) -> int:
-    """Steps of the whole budget of epochs, if each trains all facts."""
+    """The number of steps in the whole budget of epochs, if each epoch trains all facts."""
     sizes = [len(facts.index_F) for facts in examples]
     return config.epochs * sum(-(-size // min(config.batch_size, size)) for size in sizes)
 
 
 def of_tokens(examples: Sequence[TokenizedFacts]) -> TrainingData:
-    """The facts as tokens, for what trains the prefix too."""
+    """The facts as tokens, for methods that train the prefix too."""
     return TrainingData(list(examples), [_on_devices(facts, _put(facts.tokens_FT)) for facts in examples])
 
 
 def of_activations(model: FrozenModel, examples: Sequence[TokenizedFacts], budget: float = math.inf) -> TrainingData:
     """The facts with their prefix activations, computed once.
 
-    Activations stay on the devices as long as they take at most `budget` bytes of each; further buckets stay on the
-    host. Raises UserError if there are several hosts, none of which has all of them.
+    Activations stay on the devices as long as they take at most `budget` bytes of each; the other buckets stay on the
+    host. Raises UserError if that would be needed with several hosts, none of which has all activations.
     """
     buckets, shards = [], sharding.num_shards("facts") * sharding.num_shards("width")
     for facts in examples:
@@ -133,12 +133,12 @@ def _on_devices(facts: TokenizedFacts, inputs) -> DeviceFacts:
 
 
 def _put(table_F: np.ndarray):
-    """On the devices; empty facts fill up the last shards."""
+    """Puts a table on the devices; empty facts fill up the last shards."""
     return sharding.put(sharding.pad_rows(table_F, "facts"), "facts", *(None,) * (table_F.ndim - 1))
 
 
 def _read(model: FrozenModel, tokens_FT: np.ndarray):
-    """hidden_FTD, some facts of every shard at a time."""
+    """hidden_FTD, computed for a chunk of every shard's facts at a time."""
     tokens_FT = sharding.pad_rows(tokens_FT, "facts")
     shape = (*tokens_FT.shape, model.decoder.config.embed_dim)
     names = sharding.divisible_axes(("facts", None, "width"), shape)

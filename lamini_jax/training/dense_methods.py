@@ -1,6 +1,6 @@
 """The baselines, which train the same weights for all facts: one LoRA on every linear layer, and full fine-tuning.
 
-The LoRA is what the paper compares with (appendix A).
+The LoRA is the one that the paper compares with (appendix A).
 """
 
 import dataclasses
@@ -29,7 +29,7 @@ from lamini_jax.training.method import fact_losses
 
 @flax.struct.dataclass
 class DenseState:
-    """What a baseline changes."""
+    """What training a baseline changes."""
 
     trained: Any  # adapters of prefix and suffix, or all parameters
     optimizer: optax.OptState
@@ -37,7 +37,7 @@ class DenseState:
 
 @dataclasses.dataclass(frozen=True)
 class DenseMethod:
-    """A `TrainMethod` whose every step changes all that it trains; nothing of a fact can be cached beside that."""
+    """A `TrainMethod` whose every step changes everything that it trains; so it keeps facts as tokens only."""
 
     config: Config
     model: FrozenModel
@@ -61,7 +61,7 @@ class DenseMethod:
 
     @staticmethod
     def apply(model: FrozenModel, trained: Any) -> tuple[FrozenModel, dict[str, Adapter]]:
-        """The backbone and the adapters of its prefix and suffix that are trained weights stand for."""
+        """The backbone, and the adapters of its prefix and suffix, with the trained weights in them."""
         raise NotImplementedError
 
     def fresh(self) -> Any:
@@ -74,7 +74,7 @@ class DenseMethod:
         return DenseState(trained, _fresh_optimizer(self.tx, trained))
 
     def adapter(self, state: DenseState) -> tuple[FrozenModel, AdapterFn]:
-        """What answers questions with this state, until the next step donates it."""
+        """The model and adapters that answer questions with this state, until the next step donates it."""
         model, adapters = self.apply(self.model, state.trained)
         return model, answering.same_for_all(**adapters)
 
@@ -83,7 +83,7 @@ class DenseMethod:
         return {"state": state}, {}, {"backbone": self.model.fingerprint}
 
     def restore(self, saved: checkpointing.Saved) -> DenseState:
-        """The state that was saved, on today's mesh."""
+        """The state that was saved, on the current mesh."""
         state = self.init()
         restored = checkpointing.restore_like(state, saved.tables["state"])
         return jax.tree.map(lambda new, old: jax.device_put(new, old.sharding), restored, state)
@@ -147,7 +147,7 @@ def _fresh_adapters(decoder: Decoder, rank: int, seed):
 
 
 def _fresh_optimizer(tx: optax.GradientTransformation, trained: Any) -> optax.OptState:
-    """The optimizer's state before any step. On a mesh, what has the shape of a weight lies where the weight does."""
+    """The optimizer's state before any step. On a mesh, what has the shape of a weight is sharded as the weight is."""
     if sharding.current_mesh() is None:
         return jax.jit(tx.init)(trained)
     whole = sharding.sharding_of((), ())

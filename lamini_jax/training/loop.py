@@ -15,39 +15,39 @@ from lamini_jax.evaluation import recall
 from lamini_jax.runtime import sharding
 from lamini_jax.training.method import Losses, TrainMethod
 
-# Epochs between two checks of the facts that tuning spares: they share experts with those that it still trains.
+# Epochs between two checks of the facts that tuning skips: they share experts with those that it still trains.
 CHECK_EVERY = 5
 _PER_FACT = ("total_F", "worst_F", "likeliest_F", "active_F")
 
 
 @dataclasses.dataclass
 class Progress:
-    """Where training stands: what a resumed run must know beside the trained state. Losses are per fact, last known."""
+    """How far training is: what a resumed run needs apart from the trained state. Losses are the last known ones."""
 
-    total_F: np.ndarray
+    total_F: np.ndarray  # the loss of each fact, as in `Losses`
     worst_F: np.ndarray
     likeliest_F: np.ndarray
-    active_F: np.ndarray  # which facts the epoch under way trains
+    active_F: np.ndarray  # which facts the current epoch trains
     loss: list[float] = dataclasses.field(default_factory=list)  # per epoch, nats per answer token
     certified: list[int] = dataclasses.field(default_factory=list)  # per epoch, facts
     seconds: list[float] = dataclasses.field(default_factory=list)  # per epoch
     full_recall: int | None = None  # the first epoch after which every fact was recalled
-    lost: int = 0  # times that a check found a fact no longer certified: others have trained its experts
+    lost: int = 0  # times that a check found a fact no longer certified, because others have trained its experts
     steps: int = 0
-    batches: int = 0  # of the epoch under way; 0: between two epochs
+    batches: int = 0  # trained in the current epoch; 0: between two epochs
 
     @property
     def epoch(self) -> int:
         return len(self.loss)
 
     def save(self) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-        """Its arrays, and what JSON holds of it."""
+        """Its arrays, and the rest, which is kept as JSON."""
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         return {name: fields.pop(name) for name in _PER_FACT}, fields
 
 
 def new_progress(num_facts: int) -> Progress:
-    """Of a run that has not begun."""
+    """The progress of a run that has not begun."""
     unknown_F = np.full(num_facts, np.inf, np.float32)
     return Progress(unknown_F, unknown_F.copy(), np.zeros(num_facts, bool), np.ones(num_facts, bool))
 
@@ -55,13 +55,13 @@ def new_progress(num_facts: int) -> Progress:
 def epochs(
     method: TrainMethod, state: Any, progress: Progress, until_all_hold: bool = False
 ) -> Iterator[tuple[Any, Progress]]:
-    """Trains from where `progress` stands until the budget of epochs is spent; yields after every step and epoch.
+    """Trains from `progress` on until the budget of epochs is spent; yields after every step and epoch.
 
-    Within an epoch `progress.batches` says how many of its steps are done; after it, it is 0. Whoever stops closes the
-    generator, and may continue later from the state and the progress that were yielded last. At the end, facts are
-    checked and yielded once more.
+    Within an epoch `progress.batches` says how many of its steps are done; after it, it is 0. A caller that stops early
+    closes the generator, and may continue later from the state and the progress that were yielded last. At the end,
+    facts are checked, and state and progress are yielded once more.
 
-    With `until_all_hold`, certified facts are spared, all are checked every few epochs, and training ends as soon as
+    With `until_all_hold`, certified facts are skipped, all are checked every few epochs, and training ends as soon as
     every fact is certified and recalled by decoding.
     """
     threshold = certified_loss(method.config.backbone.dtype)
@@ -101,7 +101,7 @@ def check(method: TrainMethod, state: Any, progress: Progress) -> None:
 
 
 def _choose_active(method: TrainMethod, state: Any, progress: Progress, threshold: float) -> bool:
-    """Which facts the next epoch trains, those that do not hold; False if all of them do."""
+    """Chooses the facts that the next epoch trains, those that do not hold; False if all of them hold."""
     if progress.epoch % CHECK_EVERY == 0 or (progress.worst_F < threshold).all():
         check(method, state, progress)
     if (progress.worst_F < threshold).all():
@@ -114,9 +114,9 @@ def _choose_active(method: TrainMethod, state: Any, progress: Progress, threshol
 
 
 def _steps(method: TrainMethod, state: Any, progress: Progress) -> Iterator[Any]:
-    """The steps of the epoch under way, from where it stands; the progress has their losses when it ends or is closed.
+    """The remaining steps of the current epoch; the progress has their losses when this generator ends or is closed.
 
-    A fact's losses are those from before its step. They are read from the devices at the end, which no step waits for.
+    A fact's losses are those from before its step. They are read from the devices only then, so that no step waits.
     """
     config, pending = method.config, []
     examples, buckets = method.data.examples, method.data.buckets

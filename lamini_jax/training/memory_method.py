@@ -76,7 +76,7 @@ class MemoryMethod:
         return method
 
     def select(self, selection: FactSelection) -> None:
-        """From now on the facts have these experts."""
+        """Gives the facts these experts from now on."""
         ids_FK = selection.expert_ids_FK
         selected = FactExperts(ids_FK, selection.gates_FK, slots.find_slots(self.expert_ids_S, ids_FK))
         self.selection, self.data = selection, self.data.selecting(selected)
@@ -90,7 +90,7 @@ class MemoryMethod:
         )
 
     def adapter(self, state: MemoryState) -> tuple[FrozenModel, AdapterFn]:
-        """What answers questions with this state, until the next step donates it."""
+        """The model and adapters that answer questions with this state, until the next step donates it."""
 
         def fetch(expert_ids_BK):
             return _gather(state.experts_NR, expert_ids_BK)
@@ -112,10 +112,10 @@ class MemoryMethod:
         return tables, arrays, {"router": router, "backbone": self.model.fingerprint}
 
     def restore(self, saved: checkpointing.Saved) -> MemoryState:
-        """The state that was saved, on today's mesh."""
-        state, then_S = self.init(), saved.arrays["expert_ids_S"]
+        """The state that was saved, on the current mesh."""
+        state, old_ids_S = self.init(), saved.arrays["expert_ids_S"]
         tables = {
-            name: slots.permute_slots(leaves, then_S, self.expert_ids_S, self.shape)
+            name: slots.permute_slots(leaves, old_ids_S, self.expert_ids_S, self.shape)
             for name, leaves in saved.tables.items()
         }
         optimizer = state.slots.replace(state=checkpointing.restore_like(state.slots.state, tables["optimizer"]))
@@ -162,10 +162,10 @@ def programs(shape: ExpertShape, target: str, tx, max_slots: int) -> tuple[Calla
 
 
 def describe(config: Config, tokens: int, answer_tokens: int) -> tuple[Callable, MemoryState, DeviceFacts]:
-    """The step with its state and its facts as shapes on the current mesh, to compile it where nothing is in memory.
+    """The step, and its state and facts as shapes on the current mesh, to compile it without any arrays.
 
-    Facts have so many tokens, `answer_tokens` of them in the answer; no two of them share an expert, if there are
-    enough. Of a batch's experts, three times the average is in one shard at most.
+    Each fact has `tokens` tokens, `answer_tokens` of them in the answer; no two facts share an expert, if there are
+    enough. One shard has at most three times the average number of a batch's experts.
     """
     memory, shape = config.memory, experts.expert_shape(config.backbone, config.memory)
     num_facts = sharding.round_up(config.data.count, "facts")

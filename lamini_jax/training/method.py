@@ -1,4 +1,4 @@
-"""What every way to train has in common: the interface that the loop and a run use, and the losses that it reports."""
+"""What all training methods have in common: the interface that the loop and a run use, and the losses they report."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
@@ -18,7 +18,7 @@ from lamini_jax.training.data import DeviceFacts, TrainingData
 
 
 class Losses(NamedTuple):
-    """Of each fact, in nats: the sum over its answer's tokens, the worst of them, and whether all are likeliest."""
+    """For each fact, in nats: the sum over its answer's tokens, the largest one, and whether all are the likeliest."""
 
     total_B: jax.Array
     worst_B: jax.Array
@@ -44,17 +44,17 @@ class TrainMethod(Protocol):
         """The state before any step."""
 
     def adapter(self, state: Any) -> tuple[FrozenModel, AdapterFn]:
-        """What answers questions with this state, until the next step donates it."""
+        """The model and adapters that answer questions with this state, until the next step donates it."""
 
     def save(self, state: Any) -> tuple[dict[str, Any], dict[str, np.ndarray], dict[str, Any]]:
         """What a checkpoint keeps of it: tables on the devices, arrays, and a record for JSON."""
 
     def restore(self, saved: Saved) -> Any:
-        """The state that was saved, on today's mesh."""
+        """The state that was saved, on the current mesh."""
 
 
 def fact_losses(model: FrozenModel, hidden_BTD, batch: DeviceFacts, suffix_adapter) -> tuple[Losses, jax.Array]:
-    """The losses of each fact, on every device, and the mean over its answer's tokens, which training lowers.
+    """The losses of each fact, on every device, and the mean over its answer's tokens, which training minimizes.
 
     `hidden_BTD` is the prefix's output.
     """

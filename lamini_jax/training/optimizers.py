@@ -24,5 +24,5 @@ def check(config: OptimizerConfig, field: str) -> None:
 
 
 def make(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
-    """The optimizer of a run of so many steps."""
+    """The optimizer of a run of `steps` steps."""
     return OPTIMIZERS[config.name](SCHEDULES[config.schedule](config.learning_rate, steps))

@@ -1,7 +1,7 @@
 """Any optax transformation, row by row, on the experts that facts have selected.
 
-An expert's row is optimized as if it were a model of its own: its state, step count included, moves only when one of
-its facts is trained. Facts choose their experts before tuning begins, so state is kept for those S experts alone, in
+An expert's row is optimized as if it were a model of its own: its state, step count included, changes only when one of
+its facts is trained. Facts select their experts before tuning begins, so state is kept for only those S experts, in
 slots, and not for all N. On a mesh a slot is on the device of its expert.
 """
 
@@ -20,7 +20,7 @@ from lamini_jax.runtime import sharded_tables, sharding
 
 @flax.struct.dataclass
 class Slots:
-    """The selected experts, ascending but for what fills up a shard (EMPTY_SLOT), and the optimizer's state of each."""
+    """The selected experts, in each shard ascending and padded with EMPTY_SLOT, and the optimizer's state of each."""
 
     expert_ids_S: jax.Array
     state: optax.OptState  # every leaf with a leading axis S
@@ -28,7 +28,7 @@ class Slots:
 
 @functools.partial(jax.jit, static_argnames=("tx", "shape"))
 def init(tx: optax.GradientTransformation, expert_ids_S, shape: ExpertShape) -> Slots:
-    """Fresh state for the selected experts."""
+    """New state for the selected experts."""
 
     def start(_):
         return tx.init({name: jnp.zeros(part) for name, part in shape.parts().items()})
@@ -40,7 +40,7 @@ def init(tx: optax.GradientTransformation, expert_ids_S, shape: ExpertShape) -> 
 
 
 def update(tx, experts_NR, selected: Slots, slots_BK, gradients_BKR, shape: ExpertShape, touched: int):
-    """One step of the rows at `slots_BK` (EMPTY_SLOT is skipped), wherever they lie: the new rows, the new slots.
+    """One step of the rows at `slots_BK` (EMPTY_SLOT is skipped), on whichever devices: the new rows and new slots.
 
     The gradients of an expert that several facts selected are summed. U is the slots of a batch in a shard, of which
     there are at most `touched`.
@@ -50,7 +50,7 @@ def update(tx, experts_NR, selected: Slots, slots_BK, gradients_BKR, shape: Expe
 
     def fetch(shard, experts_NR, ids_S, state, slots_bK, gradients_bKR):
         slots_X = shard.local_rows(shard.all_gather(slots_bK).reshape(-1), ids_S.size)
-        # One more, for what is another shard's.
+        # One more, for the slots of other shards.
         size = min(touched + 1, slots_X.size)
         slots_U, inverse_X = jnp.unique(slots_X, size=size, fill_value=ids_S.size, return_inverse=True)
         ids_U = ids_S.at[slots_U].get(mode="fill", fill_value=EMPTY_SLOT)
@@ -78,7 +78,7 @@ def update(tx, experts_NR, selected: Slots, slots_BK, gradients_BKR, shape: Expe
     rows_U, slots_U, experts_UR, state_U, gradients_UR = fetched(
         experts_NR, selected.expert_ids_S, selected.state, slots_BK, gradients_BKR
     )
-    # Between the two, whole experts: an optimizer may look at all of one, whose columns the compiler then sums over.
+    # Outside `on_shards`, so with whole experts: an optimizer may need all of an expert's columns.
     updates_UR, state_U = jax.vmap(tx.update)(gradients_UR, state_U, experts_UR)
     experts_UR = optax.apply_updates(experts_UR, updates_UR)
     stored_axes = (experts.AXES, state_axes)

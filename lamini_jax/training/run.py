@@ -24,25 +24,25 @@ from lamini_jax.training.method import TrainMethod
 
 @dataclasses.dataclass(frozen=True)
 class Tuned:
-    """What a run leaves behind."""
+    """The result of a run."""
 
     facts: Sequence[Fact]
     progress: Progress
     model: FrozenModel
     adapter_fn: AdapterFn
-    certified_F: np.ndarray  # which facts are, by the losses measured last
+    certified_F: np.ndarray  # which facts are certified, by the losses measured last
     expert_ids_FK: np.ndarray | None = None  # of memory tuning
 
 
 class Run:
     """The training of a method, with checkpoints in its directory, resumed from the newest of them.
 
-    `for progress in run.epochs(): ...` may look at the model after each epoch (`run.answerer()`); `run.result()` trains
-    what is left and returns what came out.
+    `for progress in run.epochs(): ...` may look at the model after each epoch (`run.answerer()`); `run.result()`
+    completes the training and returns its result.
     """
 
     def __init__(self, method: TrainMethod, directory: Path, title: str, until_all_hold: bool = False, saved=None):
-        """`saved` is the newest checkpoint in the directory, if whoever made the method has read it."""
+        """`saved` is the newest checkpoint in the directory, if the caller has read it already."""
         self.method, self._title, self._until_all_hold = method, title, until_all_hold
         self._checkpoints = checkpointing.Checkpoints(directory)
         self._ended, saved = False, saved or self._checkpoints.latest()
@@ -80,11 +80,11 @@ class Run:
         self._ended = True
 
     def answerer(self) -> tuple[FrozenModel, AdapterFn]:
-        """What answers questions as the model is now, until training continues."""
+        """The model as it is now, to answer questions with until training continues."""
         return self.method.adapter(self._state)
 
     def result(self) -> Tuned:
-        """Trains what is left of the budget; what came out."""
+        """Completes the training and returns its result."""
         if not self._ended:
             for _ in self.epochs():
                 pass
@@ -113,9 +113,9 @@ def memory_run(
     router: Router | None = None,
     until_all_hold: bool = False,
 ) -> Run:
-    """Memory tuning of some facts (section 7.1), with a router of their own unless one is given.
+    """Memory tuning of some facts (section 7.1), with a router trained for them unless one is given.
 
-    A run that is resumed has the router and the selection that it began with.
+    A run that is resumed keeps the router and the selection that it began with.
     """
     saved = checkpointing.Checkpoints(directory).latest()
     if saved is not None:
@@ -139,5 +139,5 @@ def lora_run(
 
 def _check_backbone(saved: checkpointing.Saved, model: FrozenModel, directory: Path) -> None:
     if saved.record["backbone"] != model.fingerprint:
-        beside = f"was tuned beside another backbone (fingerprint {saved.record['backbone']})"
-        raise UserError(f"{directory}: {beside}", OTHER_RUN)
+        reason = f"was tuned with another backbone (fingerprint {saved.record['backbone']})"
+        raise UserError(f"{directory}: {reason}", OTHER_RUN)

@@ -1,4 +1,4 @@
-"""Where backbones are read from: one module a format of checkpoints, found by `backbone.path`.
+"""Formats of checkpoints, from which backbones are read: one module each, chosen by `backbone.path`.
 
 A new format is a new module here, and nothing else changes. It has
 
@@ -6,15 +6,15 @@ A new format is a new module here, and nothing else changes. It has
     resolve(asked) -> config        the BackboneConfig with what the checkpoint decides filled in; UserError for a field
                                     that was set to something else, and for a checkpoint that is not understood
     load_split(decoder) -> params   the parameters of `decoder.config`, split as the decoder is, on the devices;
-                                    UserError if the checkpoint does not say what the config says
+                                    UserError if the checkpoint contradicts the config
     load_whole(path, dtype, max_seq_len) -> (config, params)    the same in one stack of layers
     load_tokenizer(config) -> Tokenizer
-    fingerprint(path) -> str        a short name for the weights, which others do not have: `_fingerprint` makes one
+    fingerprint(path) -> str        a short name that only these weights have: `_fingerprint` makes one
     export(config, directory) -> None   writes weights and tokenizer in Hugging Face format
 
-`huggingface` is asked last and recognizes what is left: a directory, or a name on the Hub, which any text may be.
-Modules whose names begin with an underscore are no formats; `_loading.load` is of use to any, for it puts tensor by
-tensor straight into shards.
+`huggingface` is tried last and recognizes every path: a directory, or a name on the Hub, which any text may be. Modules
+whose names begin with an underscore are not formats; any format can use `_loading.load`, which reads tensor by tensor
+straight into shards.
 """
 
 from pathlib import Path
@@ -58,10 +58,10 @@ def load_tokenizer(config: BackboneConfig) -> Tokenizer:
 
 
 def export(config: BackboneConfig, directory: Path) -> None:
-    """Writes the backbone that `config` names in Hugging Face format, with the values, the context and the tokens that
-    its checkpoint has, whatever the run's dtype and max_seq_len. Raises UserError if it cannot be read again.
+    """Writes the backbone that `config` names in Hugging Face format, with the values, context length and tokens of its
+    checkpoint, whatever the run's dtype and max_seq_len. Raises UserError if the weights do not read back equal.
     """
     source = format_of(config.path)
     source.export(config, directory)
     if FORMATS[_LAST].fingerprint(str(directory)) != source.fingerprint(config.path):
-        raise UserError(f"{directory}: what was written is not what was read; try again, or look at the disk")
+        raise UserError(f"{directory}: what was written differs from what was read; try again, or check the disk")

@@ -1,6 +1,6 @@
-"""config.json, which describes a model in Hugging Face format, as a BackboneConfig and back.
+"""From config.json, which describes a model in Hugging Face format, to a BackboneConfig and back.
 
-What each of its keys is, `_config_keys` says; whatever would change the result is refused by name.
+`_config_keys` says what each key means; a key that could change the result is refused with an error that names it.
 """
 
 import dataclasses
@@ -28,7 +28,7 @@ _ROPE_KINDS = {
     "high_freq_factor": keys.POSITIVE,
     "original_max_position_embeddings": keys.COUNT_OR_NULL,
 }
-# Others that come along, with the values in which they change nothing.
+# Other keys that may be there, with the values that change nothing.
 _ROPE_NEUTRAL = {"partial_rotary_factor": 1, "attention_factor": 1, "mscale": 1}
 _LLAMA3_NEEDS = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 _ROPE_NEEDS = {"default": (), "linear": ("factor",), "llama3": _LLAMA3_NEEDS}
@@ -44,7 +44,7 @@ def read(path: Path) -> tuple[dict[str, Any], int | None]:
 
 
 def write(path: Path, config: BackboneConfig, **others: Any) -> None:
-    """The inverse of `read`, with other keys. Raises UserError for a config that no checkpoint of its family has."""
+    """The inverse of `read`, with more keys. Raises UserError for a config that no checkpoint of its family has."""
     c, family = config, FAMILIES[config.family]
     values = {
         "architectures": [family.ARCHITECTURE],
@@ -102,7 +102,7 @@ def _fields(path: Path, values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _refuse_others(path: Path, values: Mapping[str, Any], block: Mapping[str, Any]) -> None:
-    """Raises UserError for a model that is not ours, naming the first key that says so."""
+    """Raises UserError for a model that is not supported, naming the first key that shows it."""
 
     def refuse(key: str, why: str = "is not supported"):
         raise UserError(f"{path}: {key} {keys.json_of(values[key])} {why}")
@@ -130,7 +130,7 @@ def _refuse_others(path: Path, values: Mapping[str, Any], block: Mapping[str, An
 
 
 def _rope_fields(path: Path, values: Mapping[str, Any]) -> dict[str, Any]:
-    """Our fields of the rotary positions."""
+    """The fields of BackboneConfig for rotary positions."""
     rope = _rope(path, values)
     kind = rope.get("rope_type") or rope.get("type") or "default"
     if kind not in _ROPE_NEEDS:
@@ -158,7 +158,7 @@ def _rope_fields(path: Path, values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _rope(path: Path, values: Mapping[str, Any]) -> dict[str, Any]:
-    """What a config.json says of rotary positions: older files in rope_scaling, newer ones in rope_parameters."""
+    """What a config.json says about rotary positions: older files in rope_scaling, newer ones in rope_parameters."""
     rope = {}
     for name in ("rope_scaling", "rope_parameters"):
         for key, value in (values.get(name) or {}).items():
@@ -170,7 +170,7 @@ def _rope(path: Path, values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _rope_scaling(config: BackboneConfig) -> dict[str, Any] | None:
-    """The inverse of `_rope_fields`, but for the theta."""
+    """The inverse of `_rope_fields`, except for rope_theta."""
     if config.rope_scaling == "none":
         return None
     rope = {"rope_type": config.rope_scaling, "factor": config.rope_factor}

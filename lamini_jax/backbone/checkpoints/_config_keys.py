@@ -1,8 +1,8 @@
-"""What each key of a config.json is to us: read, harmless, or refused because it changes what the model computes.
+"""How each key of a config.json is treated: read, harmless, or refused because it changes what the model computes.
 
-Whoever meets a key that is refused as not understood, and knows what it does, adds it to `RULES`. Keys are named by
-patterns in which `*` stands for anything; the first that fits counts. That a key is harmless for the four families was
-looked up in their classes of transformers 4.51 to 5: they do not read it, or it changes no logits.
+If a key is refused as not understood and you know what it does, add it to `RULES`. Keys are named by patterns in which
+`*` matches anything; the first pattern that matches counts. That a key is harmless for the four families was checked in
+their classes of transformers 4.51 to 5: they do not read it, or it changes no logits.
 """
 
 import json
@@ -14,12 +14,12 @@ from typing import Any, Literal, NamedTuple
 from lamini_jax.backbone.json_file import shown
 from lamini_jax.errors import UserError
 
-_SILENT = (None, False, "", [], {})  # values of a key that say that the model has no such thing
+_SILENT = (None, False, "", [], {})  # values that say that the model does not have what the key is about
 _LARGEST = 2**31 - 1
 
 
 class Kind(NamedTuple):
-    """What a value must be, and how a message says it."""
+    """What a value must be, and the words for it in a message."""
 
     description: str
     accepts: Callable[[Any], bool]
@@ -27,7 +27,7 @@ class Kind(NamedTuple):
 
 
 class Rule(NamedTuple):
-    """A row of the table. A refused key passes with a `neutral` value; a key that is read has values of its `kind`."""
+    """A row of the table. A refused key is accepted with a `neutral` value; a value that is read must be of `kind`."""
 
     verdict: Literal["read", "harmless", "refused"]
     why: str
@@ -71,7 +71,7 @@ def _refused(why: str, names: str, *neutral: Any) -> dict[str, Rule]:
 
 
 def _required(why: str, names: str, *neutral: Any) -> dict[str, Rule]:
-    """Keys of which `false` says that the model lacks what ours has."""
+    """Keys whose value `false` says that the model lacks something that ours has."""
     return _rows("refused", why, names, (None, True, *neutral))
 
 
@@ -86,7 +86,7 @@ RULES: dict[str, Rule] = {
     **_read(FLAG, "tie_word_embeddings use_sliding_window attention_bias mlp_bias qkv_bias use_qkv_bias"),
     **_read(FLAG, "qk_norm use_qk_norm"),
     **_read(TEXTS, "layer_types"),
-    # What tools and people note down.
+    # Notes of tools and people.
     **_harmless("is private to the library that wrote it", "_*"),
     **_harmless(
         "is the mark of a tool",
@@ -109,9 +109,9 @@ RULES: dict[str, Rule] = {
         "chunk_size_feed_forward pretraining_tp tp_plan tensor_parallel* pipeline_parallel* sequence_parallel*",
     ),
     **_harmless("is about the cache", "use_cache* cache_* max_cache_len return_legacy_cache prefill_chunk_size"),
-    # What matters in training alone.
+    # What matters only in training.
     **_harmless(
-        "matters in training alone",
+        "matters only in training",
         "*dropout* *_pdrop layerdrop initializer_* init_* gradient_checkpointing* use_gradient_checkpointing "
         "*_loss_coef* *_loss_weight *z_loss* label_smoothing* neftune* learning_rate optimizer* train_* training_* "
         "num_train_* batch_size deepspeed* rescale_prenorm_residual tf_legacy_loss xla_device",
@@ -121,7 +121,7 @@ RULES: dict[str, Rule] = {
         "max_sequence_length max_seq_length max_seq_len seq_length seq_len model_max_length n_ctx n_positions",
     ),
     **_harmless("says how the vocabulary was padded", "pad_vocab_* make_vocab_size_divisible_by"),
-    # What the tokenizer, generation and other tasks use.
+    # What is used by the tokenizer, by generation and for other tasks.
     **_harmless(
         "belongs to the tokenizer",
         "*_token_id *_token_ids *_token *_token_index tokenizer_* padding_side truncation_side prefix chat_template",
@@ -160,14 +160,14 @@ RULES: dict[str, Rule] = {
     **_refused("limits what the model computes", "*softcap* clip_qkv *_clip_val clip_*"),
     **_refused("rotates a part of each head", "partial_rotary_factor rotary_pct rotary_percent rope_percent", 1),
     **_refused(
-        "says that positions are told otherwise",
+        "says that positions are encoded differently",
         "rotary_dim rope_interleave* rotary_interleaved no_rope_* nope_* rope_local_base_freq alibi* use_alibi "
         "rotary_emb_base rope_base use_ntk* use_dynamic_ntk use_logn_attn mrope* learned_position*",
     ),
-    **_refused("says that positions are told otherwise", "position_embedding_type", "rope", "rotary"),
-    **_required("says that positions are told otherwise", "use_rope use_rotary*"),
-    **_required("says that tokens see those after them", "is_causal causal"),
-    **_refused("says that tokens see those after them", "use_bidirectional* bidirectional*"),
+    **_refused("says that positions are encoded differently", "position_embedding_type", "rope", "rotary"),
+    **_required("says that positions are encoded differently", "use_rope use_rotary*"),
+    **_required("says that tokens attend to later ones", "is_causal causal"),
+    **_refused("says that tokens attend to later ones", "use_bidirectional* bidirectional*"),
     **_refused(
         "says that attention is of another kind",
         "attention_chunk_size attention_types sliding_window_pattern local_att* global_att* qk_layernorm *qk_l2norm* "
@@ -183,13 +183,13 @@ RULES: dict[str, Rule] = {
         0,
     ),
     **_refused(
-        "says that the norms are others",
+        "says that the norms are different",
         "layer_norm_eps layer_norm_epsilon layernorm_epsilon norm_epsilon norm_eps use_layer_norm parallel_* "
         "use_parallel_residual post_norm* use_post_norm* sandwich_norm apply_residual_connection_post_layernorm "
         "norm_bias zero_centered* use_bias bias lm_head_bias",
     ),
-    **_refused("says that the norms are others", "norm_type norm_class normalization", "rmsnorm", "rms_norm"),
-    **_required("says that the norms are others", "use_rms_norm rms_norm"),
+    **_refused("says that the norms are different", "norm_type norm_class normalization", "rmsnorm", "rms_norm"),
+    **_required("says that the norms are different", "use_rms_norm rms_norm"),
     **_refused("is another activation", "hidden_activation activation_function activation", "silu", "swish"),
     **_refused(
         "says that there is more to the model than this decoder",
@@ -202,12 +202,12 @@ _UNKNOWN = Rule("refused", "is not understood, and could change the result; remo
 
 
 def rule_of(key: str) -> Rule:
-    """The row of the table for a key; one that no pattern names is refused."""
+    """The row of the table for a key; a key that matches no pattern is refused."""
     return next((rule for pattern, rule in RULES.items() if fnmatchcase(key, pattern)), _UNKNOWN)
 
 
 def check(path: Path, values: Mapping[str, Any]) -> None:
-    """Raises UserError, naming the key, for a value that is refused or, of a key that is read, of a wrong type."""
+    """Raises UserError, naming the key, for a refused value, or a value of the wrong type for a key that is read."""
     for key, value in values.items():
         rule = rule_of(key)
         if rule.verdict == "refused" and not _is_one_of(value, rule.neutral):
@@ -225,10 +225,10 @@ def check_kind(path: Path, key: str, value: Any, kind: Kind) -> None:
 
 
 def json_of(value: Any) -> str:
-    """A value as the file has it."""
+    """A value as it is written in the file."""
     return shown(json.dumps(value))
 
 
 def _is_one_of(value: Any, others: tuple[Any, ...]) -> bool:
-    """Whether it is among them; true and false are no numbers."""
+    """Whether the value is among the others; true and false do not equal 1 and 0."""
     return any(value == other and (type(value) is bool) == (type(other) is bool) for other in others)

@@ -1,4 +1,4 @@
-"""A short name for weights that depends on every one of them, and on nothing but their names and their values."""
+"""A short name for weights that depends on every one of them, and only on their names and their values."""
 
 import concurrent.futures
 import hashlib
@@ -21,10 +21,10 @@ _BYTES = hashlib.sha256().digest_size
 
 
 def fingerprint(tensors: Mapping[str, Any]) -> str:
-    """The name of tensors as the files have them: arrays, or what is read as arrays are.
+    """The name for tensors under their names in the files: arrays, or objects that are read in slices as arrays are.
 
-    How they are stored is not in it: neither the files nor the format of the numbers, as long as the values are the
-    same, nor whether a head that is the embedding is there a second time. Every process calls it, and reads a part.
+    It does not depend on how they are stored: on the files, on the format of the numbers as long as their values are
+    the same, or on whether a head that equals the embedding is stored too. Every process calls it, and reads a part.
     """
     names = sorted(tensors)
     digests = np.zeros((len(names), _BYTES), np.uint8)
@@ -55,7 +55,7 @@ def _digest(tensor: Any) -> bytes:
 
 
 def _update(digest: Any, part: np.ndarray) -> None:
-    """Adds numbers in the narrowest of bfloat16, float32 and float64 that has them all, and which of these it is."""
+    """Adds numbers in the narrowest of bfloat16, float32 and float64 that holds them exactly, and its name."""
     name, bits = _narrowest(np.ascontiguousarray(part))
     digest.update(name)
     digest.update(bits.reshape(-1).view(np.uint8))

@@ -1,4 +1,4 @@
-"""Parameters put together on the devices tensor by tensor, whatever the format they are read from."""
+"""Assembles parameters on the devices tensor by tensor, whatever the format that they are read from."""
 
 import gc
 from collections.abc import Callable, Iterator
@@ -14,7 +14,7 @@ from lamini_jax.runtime import sharded_tables, sharding
 
 Index = tuple[slice, ...]
 ReadPart = Callable[[Index], np.ndarray]  # a part of one tensor
-# The name of a parameter ("q_proj/weight"), the number of its layer (None: it is in no layer) and its shape there.
+# From the name of a parameter ("q_proj/weight"), the number of its layer (None: it is in no layer) and its shape there.
 OpenTensor = Callable[[str, int | None, tuple[int, ...]], ReadPart]
 
 
@@ -29,7 +29,7 @@ def whole_shapes(config: BackboneConfig) -> Any:
 
 
 def parts(config: BackboneConfig, shapes: Any) -> Iterator[tuple[str, int | None, tuple[int, ...]]]:
-    """Everything that `load` opens."""
+    """The arguments of `open_tensor` for every tensor that `load` opens."""
     for path, leaf in flatten_dict(shapes).items():
         name, first = _place(config, path, leaf)
         if first is None:
@@ -39,7 +39,7 @@ def parts(config: BackboneConfig, shapes: Any) -> Iterator[tuple[str, int | None
 
 
 def load(config: BackboneConfig, shapes: Any, open_tensor: OpenTensor) -> transformer.Params:
-    """Parameters of these shapes, each part read where it is kept; the host never holds more than one tensor twice."""
+    """Parameters of these shapes, each part read where it is kept; the host holds at most two copies of one tensor."""
     axes_of, params = flatten_dict(transformer.axes(config, shapes)), {}
     for path, leaf in flatten_dict(shapes).items():
         axes = sharding.divisible_axes(axes_of[path], leaf.shape)
@@ -51,16 +51,16 @@ def load(config: BackboneConfig, shapes: Any, open_tensor: OpenTensor) -> transf
         for row in range(leaf.shape[0]):
             read = open_tensor(name, first + row, leaf.shape[1:])
             layer = _array(lambda index, read=read: read(index[1:])[None], (1, *leaf.shape[1:]), leaf.dtype, axes)
-            # Waited for, or the host would read ahead and hold many tensors.
+            # Without waiting, the host would read ahead and hold many tensors.
             stack = jax.block_until_ready(sharded_tables.write_rows(stack, layer, np.int32(row), axes))
             del layer
-            gc.collect(0)  # jax lets go of the host's memory behind an array when it is next called, or here
+            gc.collect(0)  # jax frees the host's memory behind an array when it is next called, or here
         params[path] = stack
     return unflatten_dict(params)
 
 
 def _place(config: BackboneConfig, path: tuple[str, ...], leaf: Any) -> tuple[str, int | None]:
-    """The name of a parameter ("q_proj/weight"), and of a stack of layers the first; None: it is in no layer."""
+    """The name of a parameter ("q_proj/weight"), and the first layer of its stack; None: it is in no layer."""
     part, in_layers, name = "/".join(path).rpartition("layers/")
     if not in_layers:
         return name, None

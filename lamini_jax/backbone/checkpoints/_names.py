@@ -8,7 +8,7 @@ from flax.traverse_util import flatten_dict
 from lamini_jax.backbone.transformer import LINEAR_LAYERS, Params
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
-# What is there once, and what each layer has.
+# Parameters that exist once, and those of each layer.
 _GLOBAL_NAMES = {
     "embedding": EMBEDDING,
     "final_norm/scale": "model.norm.weight",
@@ -28,17 +28,17 @@ _LAYER_NAMES = {
 
 
 def tensor_name(key: str, layer: int | None = None) -> str:
-    """The name in the files of a parameter ("q_proj/weight") of a layer, or of one that is in no layer."""
+    """The name in the files of a layer's parameter ("q_proj/weight"), or of one that is in no layer."""
     return _GLOBAL_NAMES[key] if layer is None else f"model.layers.{layer}.{_LAYER_NAMES[key]}"
 
 
 def is_transposed(key: str) -> bool:
-    """Whether files have it as (output, input)."""
+    """Whether the files store it as (output, input)."""
     return key.endswith("/weight")
 
 
 def to_files(params: Params) -> Iterator[tuple[str, np.ndarray]]:
-    """Whole parameters as names and tensors of the files."""
+    """Whole parameters as the files store them: their names and tensors."""
     flat = {"/".join(path): leaf for path, leaf in flatten_dict(params).items()}
     for key in _GLOBAL_NAMES:
         if key in flat:

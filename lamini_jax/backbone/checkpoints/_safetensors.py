@@ -1,4 +1,4 @@
-"""Files in the format of the safetensors library: which of a directory hold its weights, and how those are read."""
+"""Files in the format of the safetensors library: which files of a directory hold its weights, and how to read them."""
 
 import dataclasses
 import re
@@ -15,7 +15,7 @@ from lamini_jax.backbone.json_file import one_line, shown
 from lamini_jax.errors import UserError
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
-# Formats of numbers in a file -> how their bits are read, and those that are all set in infinities and NaN alone.
+# Formats of numbers in a file -> the type that reads their bits, and the bits that only infinity and NaN have all set.
 _EXPONENTS = {
     "F32": (np.uint32, 0x7F800000),
     "F16": (np.uint16, 0x7C00),
@@ -23,16 +23,16 @@ _EXPONENTS = {
 }
 _NUMPY = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
 DTYPES = tuple(_NUMPY)
-_CHECKED_AT_ONCE = 2**20  # numbers, so that checking them takes little memory
+_CHECKED_AT_ONCE = 2**20  # numbers that are checked at once, so that it takes little memory
 
 
 @dataclasses.dataclass(frozen=True)
 class Tensor:
-    """A tensor in a file, read in parts. What is read is finite: UserError if it is not, or is of no known format."""
+    """A tensor in a file, read in parts. UserError if a part holds NaN or infinity, or its format is not known."""
 
     file: Path
     name: str
-    _slice: Any  # the library's
+    _slice: Any  # the library's object that reads parts of it
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -74,8 +74,8 @@ def open_tensors(files: Iterable[Path]) -> dict[str, Tensor]:
 def find(directory: Path) -> list[Path]:
     """The files with the weights of a checkpoint: the whole file, the shards of an index, or shards that are all there.
 
-    In this order, which is the transformers library's but for the last: an index that is left over beside a whole file
-    does no harm. Raises UserError if one is missing, or if there are pickles alone.
+    They are tried in this order, as in the transformers library, which lacks the last: an index left over next to a
+    whole file does no harm. Raises UserError if a file is missing, or if there are only pickles.
     """
     single, index = directory / SINGLE, directory / INDEX
     if single.exists():
@@ -102,7 +102,7 @@ def find(directory: Path) -> list[Path]:
 
 
 def index_of(files: Iterable[Path]) -> dict[str, Any]:
-    """What the index of some shards holds."""
+    """The contents of the index of some shards."""
     tensors = open_tensors(files)
     sizes = [int(np.prod(tensor.shape)) * np.dtype(_NUMPY[tensor.dtype]).itemsize for tensor in tensors.values()]
     names = {name: tensor.file.name for name, tensor in sorted(tensors.items())}
@@ -115,12 +115,12 @@ def _weight_map(index: Path) -> Mapping[str, str]:
         raise UserError(f"{index}: has no weight_map")
     for name in weight_map.values():
         if not isinstance(name, str) or not re.fullmatch(r"[^/\\\0]+\.safetensors", name):
-            raise UserError(f"{index}: weight_map has {shown(name)}, which names no safetensors file beside it")
+            raise UserError(f"{index}: weight_map has {shown(name)}, which is not a safetensors file next to it")
     return weight_map
 
 
 def _sets_of_shards(directory: Path) -> list[dict[int, Path]]:
-    """Files named as shards, by their numbers, for each number of shards that their names have."""
+    """Files named as shards, by their numbers: one set for each total number of shards that names mention."""
     sets: dict[int, dict[int, Path]] = {}
     for path in sorted(directory.glob("model-*-of-*.safetensors")):
         if match := re.fullmatch(r"model-(\d{5})-of-(\d{5})\.safetensors", path.name):
@@ -143,7 +143,7 @@ def _first_missing(shards: Mapping[int, Path]) -> Path:
 
 
 def _why_none(directory: Path) -> str:
-    """What a directory without weights has instead."""
+    """The message for a directory without weights: what it has instead."""
     pickles = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in directory.glob(pattern))
     if pickles:
         return (
@@ -158,7 +158,7 @@ def _why_none(directory: Path) -> str:
 
 
 def _is_finite(part: np.ndarray, dtype: str) -> bool:
-    """Whether all numbers are, as float32 too, in which sums are made."""
+    """Whether all numbers are finite, in float32 too, which sums are computed in."""
     if dtype == "F64":
         with np.errstate(over="ignore"):
             part, dtype = part.astype(np.float32), "F32"

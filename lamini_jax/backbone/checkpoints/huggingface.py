@@ -1,6 +1,6 @@
 """Backbones in Hugging Face format: a directory, or a name on the Hub, with config.json and safetensors.
 
-Which models they may be, `families` says.
+The modules of `families` are the models that are supported.
 """
 
 import dataclasses
@@ -26,15 +26,15 @@ from lamini_jax.backbone.transformer import Params
 from lamini_jax.config import BackboneConfig
 from lamini_jax.errors import UserError
 
-# What of a repository on the Hub is needed; never weights that are pickles, nor the same weights under other names.
+# The files of a repository on the Hub that are needed: no pickled weights, and no copies of weights under other names.
 _FILES = ("*.json", "*.jinja", "model*.safetensors")
-# What belongs to a checkpoint beside its weights and its tokenizer, by the beginnings of names.
+# Files of a checkpoint other than its weights and its tokenizer, by the beginnings of their names.
 _PAPERS = ("config.json", "LICENSE", "NOTICE", "USE_POLICY")
 _ROWS_AT_ONCE = 1024
 
 
 def recognizes(path: str) -> bool:
-    """Whatever no other format does: `locate` says what is wrong with it."""
+    """True: this format is tried last, and `locate` raises UserError for what is not a checkpoint."""
     return True
 
 
@@ -58,7 +58,7 @@ def resolve(asked: BackboneConfig) -> BackboneConfig:
 
 
 def load_split(decoder: transformer.Decoder) -> Params:
-    """The parameters split as the decoder is, on the devices. Raises UserError if config.json says something else."""
+    """The parameters split as the decoder is, on the devices. Raises UserError if config.json contradicts it."""
     _check_unchanged(decoder.config)
     return _load(decoder.config, _loading.split_shapes(decoder))
 
@@ -70,19 +70,19 @@ def load_whole(path: str, dtype: str, max_seq_len: int) -> tuple[BackboneConfig,
 
 
 def load_tokenizer(config: BackboneConfig) -> CheckpointTokenizer:
-    """The tokenizer beside the weights. Raises UserError if it is missing, damaged or larger than the vocabulary."""
+    """The checkpoint's tokenizer. Raises UserError if it is missing, damaged or larger than the vocabulary."""
     return tokenizer.load(locate(config.path), config.vocab_size, config.system)
 
 
 def fingerprint(path: str) -> str:
-    """A short name for the weights, however they are spread over files and whatever the format of their numbers."""
+    """A short name for the weights: the same however they are divided into files and whatever their number format."""
     return _fingerprint.fingerprint(_safetensors.open_tensors(_safetensors.find(locate(path))))
 
 
 def export(config: BackboneConfig, directory: Path) -> None:
-    """Copies what the checkpoint consists of: config, weights and tokenizer as they are, and the license.
+    """Copies the checkpoint: config, weights and tokenizer as they are, and the license.
 
-    Raises UserError if config.json says something else than `config`.
+    Raises UserError if config.json contradicts `config`.
     """
     _check_unchanged(config)
     source = locate(config.path)
@@ -129,18 +129,18 @@ def save_backbone(directory: Path, config: BackboneConfig, params: Params, **tok
 
 
 def _local(path: str) -> Path | None:
-    """The absolute path of a directory, `~` as the shell has it; None if there is no such directory."""
+    """The absolute path of a directory, with `~` expanded; None if there is no such directory."""
     path = os.path.expanduser(path)
     return Path(os.path.abspath(path)) if os.path.isdir(path) else None
 
 
 def _check_unchanged(config: BackboneConfig) -> None:
     if dataclasses.replace(resolve(config), path=config.path) != config:
-        raise UserError(f"--config.backbone.path={config.path}: its config.json is not what it was")
+        raise UserError(f"--config.backbone.path={config.path}: its config.json has changed")
 
 
 def _load(config: BackboneConfig, shapes: Any) -> Params:
-    """Parameters of these shapes from the checkpoint at `config.path`; what is there is compared before it is read."""
+    """Parameters of these shapes from the checkpoint at `config.path`; names and shapes are checked before reading."""
     directory = locate(config.path)
     tensors = _safetensors.open_tensors(_safetensors.find(directory))
     unread = set(tensors) - ({HEAD} if config.tied_embeddings else set())
@@ -148,7 +148,7 @@ def _load(config: BackboneConfig, shapes: Any) -> Params:
     def open_tensor(key: str, layer: int | None, shape: tuple[int, ...]) -> _loading.ReadPart:
         name, transposed = _names.tensor_name(key, layer), _names.is_transposed(key)
         if config.tied_embeddings and name == EMBEDDING and name not in tensors:
-            name = HEAD  # of two tensors that are one, either may have been left out
+            name = HEAD  # of two equal tensors, either may have been left out
         if name not in tensors:
             raise UserError(f"{directory}: has no tensor {name}")
         unread.discard(name)
@@ -168,14 +168,14 @@ def _load(config: BackboneConfig, shapes: Any) -> Params:
 
 
 def _is_tied(directory: Path, flag: bool) -> bool:
-    """Whether the head is the embedding: what is stored decides where both are, and config.json's flag elsewhere.
+    """Whether the head is the embedding: the tensors decide if both are stored, otherwise config.json's flag.
 
-    So it is in transformers 5 (`PreTrainedModel.tie_weights`: "both are present in the checkpoints with different
-    values, so we will NOT tie them"); up to version 4 the flag decided. A head with the embedding's values is the
+    It is the same in transformers 5 (`PreTrainedModel.tie_weights`: "both are present in the checkpoints with different
+    values, so we will NOT tie them"); up to version 4 the flag decided. A head that equals the embedding counts as the
     embedding, so that the model is the same however it was saved.
     """
     if not any(directory.glob("*.safetensors")):
-        return flag  # `_load` says so, where weights are needed
+        return flag  # `_load` reports it when weights are needed
     tensors = _safetensors.open_tensors(_safetensors.find(directory))
     if HEAD not in tensors or EMBEDDING not in tensors:
         return flag

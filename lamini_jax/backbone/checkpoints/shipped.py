@@ -1,4 +1,4 @@
-"""The backbone inside the package, which the empty path names: tiny, byte-level, in one safetensors file of our own.
+"""The backbone inside the package, for an empty path: tiny, byte-level, in one safetensors file with our own names.
 
 `experiments/pretrain_backbone.py` makes it.
 """
@@ -23,7 +23,7 @@ PATH = Path(__file__).parents[2] / "weights" / "tiny.safetensors"
 
 
 def recognizes(path: str) -> bool:
-    """Whether no checkpoint is named."""
+    """Whether the path is empty."""
     return not path
 
 
@@ -53,12 +53,12 @@ def load_whole(path: str, dtype: str, max_seq_len: int) -> tuple[BackboneConfig,
 
 
 def load_tokenizer(config: BackboneConfig) -> ByteTokenizer:
-    """Bytes."""
+    """The byte tokenizer."""
     return ByteTokenizer()
 
 
 def fingerprint(path: str) -> str:
-    """A short name for the weights, which their export to Hugging Face format has too."""
+    """A short name for the weights, the same as that of their export to Hugging Face format."""
     return _fingerprint.fingerprint(dict(_names.to_files(load()[1])))
 
 
@@ -79,7 +79,7 @@ def load() -> tuple[BackboneConfig, Params]:
 
 
 def read(path: Path) -> tuple[BackboneConfig, Params]:
-    """What `save` wrote. Raises UserError if the file is missing or is none of ours."""
+    """What `save` wrote. Raises UserError if the file is missing or was not written by it."""
     try:
         with safe_open(path, framework="numpy") as file:
             config = BackboneConfig(**json.loads(file.metadata()["backbone"]))

@@ -1,15 +1,15 @@
-"""The facts of the studies: one module a data set, and how a study takes its facts from one.
+"""The facts of the studies: one module per data set, and how a study takes its facts from one.
 
-A module of this package (but for those whose names begin with an underscore) is a data set. It has
+Every module of this package whose name does not begin with an underscore is a data set. It has
 
     SIZE                           how many pairs there are, if too many to prepare them all; None: few enough
-    ANSWERS_ARE_RANDOM             whether its answers follow from nothing, so that random ones need not replace them
-    pairs(seed, directory)         yields (question, answer), in an order that its arguments alone decide
-    fingerprint(seed, directory)   a text for a folder's name, another one wherever `pairs` gives something else
+    ANSWERS_ARE_RANDOM             whether its answers are random already, so that no random ones replace them
+    pairs(seed, directory)         yields (question, answer), in an order that depends only on its arguments
+    fingerprint(seed, directory)   a text for a folder's name, which differs wherever `pairs` does
 
-`directory` is `--config.data.dir`, where files are that are not generated. `fingerprint` is called first: it raises
-UserError if they are missing or something else. Neither module nor package imports tensorflow_datasets until facts are
-loaded: it takes a while, which a user's own JSONL should not pay for.
+`directory` is `--config.data.dir`, the folder of files that are not generated. `fingerprint` is called first: it raises
+UserError if they are missing or wrong. Neither module nor package imports tensorflow_datasets until facts are loaded:
+that takes a while, which would slow down runs on a user's own JSONL.
 """
 
 import hashlib
@@ -26,15 +26,15 @@ from lamini_jax.runtime.registry import Registry
 DATASETS = Registry("lamini_jax.data.datasets", "data.facts")
 ANSWERS = ("true", "random")
 
-# How many pairs are searched for facts that fit: at least so many, and so many for each fact asked for.
+# How many pairs are searched for facts that fit: at least the first number, and the second for each requested fact.
 _SEARCHED, _SEARCHED_PER_FACT = 4096, 16
 
 
 def load(config: DataConfig, answers: str, seed: int, tokenizer, max_seq_len: int) -> list[Fact]:
     """The first `config.count` facts of a data set, with their true answers or with random ones (section 2).
 
-    A fact fits in `max_seq_len` tokens with either answer, so that both are compared on the same questions (figures 1
-    and 5). Raises UserError, with the flag, where there are fewer.
+    A fact must fit in `max_seq_len` tokens with either answer, so that both are compared on the same questions (figures
+    1 and 5). Raises UserError, with the flag, if there are fewer facts.
     """
     asked, total = f"--config.data.count={config.count}", DATASETS[config.facts].SIZE
     if total is not None and config.count > total:
@@ -49,7 +49,7 @@ def load(config: DataConfig, answers: str, seed: int, tokenizer, max_seq_len: in
 
 
 def load_up_to(config: DataConfig, answers: str, seed: int, tokenizer, max_seq_len: int) -> list[Fact]:
-    """Like `load`, but all facts of a data set that has fewer. Raises UserError if it has none."""
+    """Like `load`, but returns all facts of a data set that has fewer. Raises UserError if it has none."""
     if answers not in ANSWERS:
         raise ValueError(f"answers={answers!r}: must be one of {', '.join(ANSWERS)}")
     are_random = DATASETS[config.facts].ANSWERS_ARE_RANDOM
@@ -68,7 +68,7 @@ def load_up_to(config: DataConfig, answers: str, seed: int, tokenizer, max_seq_l
 
 
 def digest(content: bytes) -> str:
-    """A short name for some bytes; others have another."""
+    """A short hash of some bytes."""
     return hashlib.sha256(content).hexdigest()[:16]
 
 
@@ -80,8 +80,8 @@ def data_home() -> pathlib.Path:
 def _prepared_pairs(config: DataConfig, seed: int) -> Iterator[tuple[str, str]]:
     """All pairs of a data set, read from tables that are prepared once.
 
-    The first one is long enough if each pair becomes a fact; where some do not, one of twice the length follows, until
-    it is plain that hardly any fits.
+    The first table is long enough if each pair becomes a fact. If some do not, one of twice the length follows, until
+    it is clear that hardly any pair fits.
     """
     from lamini_jax.data.datasets import _tfds  # takes a while to import
 

@@ -1,6 +1,6 @@
 """Tables of questions and answers on the disk, as tensorflow_datasets builders that need no TensorFlow.
 
-Each is prepared once, in a folder of the name that it is given, which must hold everything that its contents depend on.
+Each is prepared once, in a folder with its name. The name must reflect everything that the contents depend on.
 """
 
 import contextlib
@@ -52,11 +52,11 @@ def prepared(home: pathlib.Path, name: str, pairs: Iterable[tuple[str, str]]) ->
         try:
             builder().download_and_prepare()  # does nothing where that was done
         except OSError as error:
-            # Where another process was faster, renaming onto its folder is what failed.
+            # If another process was faster, renaming onto its folder has failed.
             if not builder().is_prepared():
                 reason = f"cannot keep datasets there ({error.strerror}); set LAMINI_JAX_DATA to another folder"
                 raise UserError(f"{home}: {reason}") from error
-        # A new one, because a builder learns from the disk only when it is made.
+        # A new one, because a builder reads the disk only when it is made.
         return builder()
 
 
@@ -66,7 +66,7 @@ def size(table: Facts) -> int:
 
 
 def rows(table: Facts, start: int) -> Iterator[tuple[str, str]]:
-    """The questions and answers of a prepared table from a row on, read as they are asked for."""
+    """The questions and answers of a prepared table from row `start` on, read as they are needed."""
     with _quiet():
         source = table.as_data_source(split="train")
     for first in range(start, size(table), _BLOCK):
@@ -77,7 +77,7 @@ def rows(table: Facts, start: int) -> Iterator[tuple[str, str]]:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without tfds's progress bars, its prints and its remark that our configurations are not its own."""
+    """Hides tfds's progress bars, its prints and its warning that our configurations are not its own."""
     verbosity = logging.get_verbosity()
     tfds.disable_progress_bar()
     logging.set_verbosity(logging.ERROR)

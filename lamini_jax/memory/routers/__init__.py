@@ -1,4 +1,4 @@
-"""From a question to its experts: one module a kind of router, named by `--config.router.kind`.
+"""From a question to its experts: one module per kind of router, which `--config.router.kind` names.
 
 A kind is a module of this folder with
 
@@ -6,7 +6,7 @@ A kind is a module of this folder with
     select(router, model, prompt_BT, length_B, top_k) -> Selection       traced; the only place where gates are made
     save(router) -> (arrays, record)                                     what files keep: arrays, and what JSON holds
     restore(config, arrays, record) -> Router                            the inverse. Raises UserError if it cannot be
-    spec(config) -> Router                                               its arrays described, sharded as they will be
+    spec(config) -> Router                                               its arrays as jax.ShapeDtypeStructs, sharded
 
 Training and serving both select through `select` below, so that they have the same experts with the same gates.
 """
@@ -26,7 +26,7 @@ from lamini_jax.errors import OTHER_RUN, UserError
 from lamini_jax.runtime.registry import Registry
 
 KINDS = Registry("lamini_jax.memory.routers", "router.kind")
-NO_EXPERT = np.iinfo(np.int32).max  # an id whose expert adds nothing
+NO_EXPERT = np.iinfo(np.int32).max  # an id that stands for no expert, and adds nothing
 
 Router = Any  # of one of the kinds
 Arrays = dict[str, np.ndarray]
@@ -34,7 +34,7 @@ Arrays = dict[str, np.ndarray]
 
 @flax.struct.dataclass
 class Selection:
-    """The experts of each question, NO_EXPERT where it has none, and the weight of each."""
+    """The experts of each question, NO_EXPERT if it has none, and the weight of each."""
 
     expert_ids_BK: jax.Array
     gates_BK: jax.Array
@@ -60,7 +60,7 @@ def select(router: Router, model: FrozenModel, prompt_BT, length_B, top_k: int) 
 
 
 def select_facts(model: FrozenModel, router: Router, questions: Sequence[str], top_k: int) -> FactSelection:
-    """The experts of many questions. Raises UserError if one of them has none, for NaN."""
+    """The experts of many questions. Raises UserError if one of them has none, because of NaN."""
     selection = frozen_model.map_questions(
         model, questions, lambda prompt_BT, length_B: select(router, model, prompt_BT, length_B, top_k)
     )
@@ -71,7 +71,7 @@ def select_facts(model: FrozenModel, router: Router, questions: Sequence[str], t
 
 
 def save(router: Router) -> tuple[Arrays, dict[str, Any]]:
-    """What files keep of a router: its arrays, and what JSON holds."""
+    """What files keep of a router: its arrays, and what is kept as JSON."""
     arrays, record = KINDS[router.kind].save(router)
     return arrays, {**record, "kind": router.kind}
 

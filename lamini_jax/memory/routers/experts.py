@@ -1,4 +1,4 @@
-"""The paper's router: a question selects the K experts whose keys lie nearest, frozen after one epoch of training.
+"""The paper's router: a question selects the K experts with the nearest keys; it is frozen after one epoch of training.
 
 The feature is the mean of the frozen prefix's hidden states over the question. Those means are nearly parallel for
 different questions, so they are whitened with the covariance of a calibration set; without that, look-alike questions
@@ -32,12 +32,12 @@ _BATCH = 256
 
 @flax.struct.dataclass
 class Router:
-    """Everything that decides a selection, beside the backbone."""
+    """Everything that decides a selection, apart from the backbone."""
 
     mean_D: jax.Array
     transform_DC: jax.Array  # whitening and projection in one
-    keys: jax.Array  # of the lookup
-    num_experts: int = flax.struct.field(pytree_node=False)  # on a mesh there may be more keys
+    keys: jax.Array  # those of the lookup
+    num_experts: int = flax.struct.field(pytree_node=False)  # on a mesh there may be more keys than experts
     lookup: str = flax.struct.field(pytree_node=False, default="exact")
     kind: str = flax.struct.field(pytree_node=False, default="experts")
 
@@ -57,7 +57,7 @@ def features(model: FrozenModel, prompt_BT, length_B):
 
 
 def query(mean_D, transform_DC, feature_BD, parts: int):
-    """query_BC of unit length, in full float32; the `parts` of a lookup's query weigh the same."""
+    """query_BC of unit length, in full float32; all `parts` of a lookup's query have the same length."""
     centred_BD = feature_BD - mean_D[None]
     query_BC = jnp.einsum("BD,DC->BC", centred_BD, transform_DC, precision=jax.lax.Precision.HIGHEST)
     query_BHC = query_BC.reshape(query_BC.shape[0], parts, -1)
@@ -66,12 +66,12 @@ def query(mean_D, transform_DC, feature_BD, parts: int):
 
 
 def select(router: Router, model: FrozenModel, prompt_BT, length_B, top_k: int) -> Selection:
-    """The experts whose keys lie nearest. Gates are equal: each of K experts weighs 1/sqrt(K)."""
+    """The experts with the nearest keys. Gates are equal: each of K experts has the weight 1/sqrt(K)."""
     return select_by_feature(router, features(model, prompt_BT, length_B), top_k)
 
 
 def select_by_feature(router: Router, feature_BD, top_k: int) -> Selection:
-    """The same, of questions that have been read."""
+    """The same, for questions whose features are known."""
     with jax.named_scope("lookup"):
         lookup = LOOKUPS[router.lookup]
         query_BC = query(router.mean_D, router.transform_DC, feature_BD, lookup.QUERY_PARTS)
@@ -109,11 +109,11 @@ def whitening(features_QD: np.ndarray, ridge: float) -> tuple[np.ndarray, np.nda
 
 
 def projections(config: Config, features_QD: np.ndarray, whiten: bool = True) -> Iterator[tuple]:
-    """mean_D and transform_DC before any training, then after each epoch of it over the calibration questions.
+    """mean_D and transform_DC before any training, then after each epoch of training over the calibration questions.
 
     The paper trains its cross attention on the language model's loss. Here experts start at exactly zero, so that this
-    loss has no gradient with respect to the selection; queries are trained for what a selection is for, to keep
-    questions apart: the objective is the uniformity of arXiv 2005.10242.
+    loss has no gradient with respect to the selection. Instead, queries are trained to keep questions apart, which is
+    the purpose of a selection: the objective is the uniformity of arXiv 2005.10242.
     """
     c, parts = config.router, LOOKUPS[config.router.lookup].QUERY_PARTS
     width = features_QD.shape[1]
@@ -150,7 +150,7 @@ def train(config: Config, model: FrozenModel, questions: Sequence[str]) -> Route
 
 
 def make(config: Config, mean_D, transform_DC) -> Router:
-    """The router with this projection and fresh keys, on the devices."""
+    """The router with this projection and new keys, on the devices."""
     return _router(config, mean_D, transform_DC, LOOKUPS[config.router.lookup].init(*_table(config)))
 
 
@@ -173,7 +173,7 @@ def restore(config: Config, arrays: Arrays, record: dict[str, Any]) -> Router:
 
 
 def spec(config: Config) -> Router:
-    """The router's arrays described, each where it will lie."""
+    """The router with jax.ShapeDtypeStructs, with their shardings, in place of arrays."""
     lookup, width = LOOKUPS[config.router.lookup], config.backbone.embed_dim
 
     def described(shape, dtype, axes):
@@ -186,7 +186,7 @@ def spec(config: Config) -> Router:
 
 
 def _table(config: Config) -> tuple[int, int, int]:
-    """What decides the keys."""
+    """The arguments of a lookup's `init`, which decide the keys."""
     return config.seed, config.memory.num_experts, config.router.key_dim
 
 
@@ -196,7 +196,7 @@ def _router(config: Config, mean_D, transform_DC, keys) -> Router:
 
 
 def selection_stats(expert_ids_FK: np.ndarray, num_experts: int) -> dict[str, float]:
-    """How a selection spreads: experts used, load F*K/N, and the share of experts that facts have in common."""
+    """How a selection is distributed: experts used, load F*K/N, and the share of experts that facts have in common."""
     count, k = expert_ids_FK.shape
     facts_X = np.repeat(np.arange(count), k)
     selected_FN = scipy.sparse.csr_array((np.ones(count * k, np.int32), (facts_X, expert_ids_FK.ravel())))

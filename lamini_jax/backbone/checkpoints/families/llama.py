@@ -1,4 +1,4 @@
-"""Llama (arXiv 2302.13971, 2407.21783), and whatever else calls itself so in its config.json."""
+"""Llama (arXiv 2302.13971, 2407.21783), and other models that have its model_type in their config.json."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -15,5 +15,5 @@ def block_fields(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def extra_values(config: BackboneConfig) -> dict[str, Any]:
-    """Nothing."""
+    """None."""
     return {}

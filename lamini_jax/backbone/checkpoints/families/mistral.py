@@ -1,4 +1,4 @@
-"""Mistral (arXiv 2310.06825): a token may see those within a window before it and no others."""
+"""Mistral (arXiv 2310.06825): a token attends only to those within a window before it."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -15,5 +15,5 @@ def block_fields(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def extra_values(config: BackboneConfig) -> dict[str, Any]:
-    """The window; null says that there is none, silence does not."""
+    """The window; null says that there is none, while a missing key means the default."""
     return {"sliding_window": config.sliding_window or None}
