@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from absl import logging
 
 from lamini_jax.backbone import answering, checkpoints, frozen_model, transformer
 from lamini_jax.backbone.decoding import Sampling
@@ -108,8 +109,11 @@ class Source:
         if self.is_export:
             stored = storage.load_export(self.config, self.directory)
         else:
-            step = json.loads((self.directory / "results.json").read_text()).get("step")
-            stored = storage.load_run(self.config, self.directory / "checkpoints", step)
+            result = TuneResult(**json.loads((self.directory / "results.json").read_text()))
+            if result.holding < result.facts:
+                lacking = f"{result.facts - result.holding} of {result.facts} facts of this memory do not hold"
+                logging.warning("%s: %s; tune further", self.directory, lacking)
+            stored = storage.load_run(self.config, self.directory / "checkpoints", result.step)
         if lookup is not None:
             stored = dataclasses.replace(stored, router=stored.router.replace(lookup=lookup))
         return Memory(self.config, model, stored)
@@ -231,7 +235,7 @@ def _write_recall(path: Path, tuned, recalled_F: np.ndarray, generated: Sequence
             tuned.facts, generated, recalled_F, tuned.certified_F, tuned.progress.worst_F, strict=True
         )
     ]
-    workdir.write_text(path, "".join(json.dumps(line) + "\n" for line in lines))
+    workdir.write_text(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
 
 
 def _sampling(temperature: float, seed: int) -> Sampling | None:

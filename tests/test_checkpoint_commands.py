@@ -94,8 +94,9 @@ def ask_file(output, *flags):
 def test_all_facts_hold(run):
     assert run.result.returncode == 0, run.result.stderr
     assert run.result.stdout.startswith("3 of 3 facts recalled exactly, 3 certified, after ")
-    backbone = json.loads((run.workdir / "config.json").read_text())["config"]["backbone"]
-    assert (backbone["path"], backbone["vocab_size"], backbone["num_kv_heads"]) == (str(run.checkpoint), 416, 1)
+    saved = json.loads((run.workdir / "config.json").read_text())
+    assert saved["where"] == {"backbone": str(run.checkpoint)}
+    assert [saved["config"]["backbone"][name] for name in ("vocab_size", "num_kv_heads")] == [416, 1]
 
 
 def test_answers_and_details(details):
@@ -110,21 +111,22 @@ def test_answers_and_details(details):
 
 
 def test_lines_of_the_standard_input(run, details):
-    """One answer each, empty lines skipped, until one that cannot be answered."""
+    """One answer each; empty lines are skipped, and those that cannot be answered are counted."""
     too_long, no_text = (helpers.start("ask", run.flag, "--details") for _ in range(2))
     lines = ["", FACTS[2].question, "  ", FACTS[1].question + "\r", "x" * 500, FACTS[0].question]
     result = helpers.finish(too_long, "\n".join(lines))
     told = result.stdout.splitlines()
-    assert told[0::4] == [FACTS[2].answer, FACTS[1].answer]
-    assert told[2::4] == ["  trained experts: 32 of 32"] * 2
-    for line, probability, experts in zip((details[2], details[1]), told[1::4], told[3::4], strict=True):
+    assert told[0::4] == [FACTS[2].answer, FACTS[1].answer, FACTS[0].answer]
+    assert told[2::4] == ["  trained experts: 32 of 32"] * 3
+    for line, probability, experts in zip(details[2::-1], told[1::4], told[3::4], strict=True):
         assert float(probability.split()[-1]) == pytest.approx(line["probability"], abs=1e-3)
         assert [int(expert) for expert in experts.split()[1:]] == line["expert_ids"]
     assert result.returncode == 2
-    assert result.stderr.count("\n") == 1 and "standard input, line 5" in result.stderr
+    assert result.stderr.startswith("standard input, line 5: the question takes")
+    assert result.stderr.endswith("error: 1 of 6 lines of the standard input were not answered, as said above\n")
     result = helpers.finish(no_text, b"Who?\n\xff\xfe\n")
     assert (result.returncode, result.stdout.count("\n")) == (2, 4)
-    assert result.stderr.count("\n") == 1 and "standard input, line 2" in result.stderr
+    assert result.stderr.startswith("standard input, line 2: is not UTF-8 (byte 1)\nerror: 1 of 2 lines")
 
 
 def test_served_elsewhere_as_where_it_was_tuned(exported, details, tmp_path):

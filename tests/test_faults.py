@@ -16,7 +16,7 @@ import lamini_jax
 from lamini_jax import api
 from lamini_jax.config import DataConfig
 from lamini_jax.errors import BAD_INPUT, DEVICES, UserError
-from lamini_jax.runtime import checkpointing, workdir
+from lamini_jax.runtime import checkpointing, processes, workdir
 
 FACTS = helpers.some_facts(2, answer_length=3)
 CONFIG = lamini_jax.Config(
@@ -169,3 +169,38 @@ def test_a_reader_that_has_enough(finished):
     environment = {**os.environ, "PYTHONPATH": str(helpers.ROOT)}
     result = subprocess.run(["bash", "-c", f"{command} | head -1"], env=environment, capture_output=True, text=True)
     assert (result.stdout, result.stderr) == (FACTS[0].answer + "\n", "")
+
+
+def test_a_disk_that_is_too_small_is_found_before_training(tmp_path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(checkpointing.shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    with pytest.raises(UserError, match="the disk is too small: it takes 0.00 GB for checkpoints"):
+        api.tune(FACTS, tmp_path / "run", CONFIG)
+    assert not steps(tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    "index, visible, devices",
+    [
+        ("3", "5", [0]),
+        ("3", "4,5", [0, 1]),
+        ("1", "0,1,2,3", None),
+        ("0", "2", None),
+        (None, "0", None),
+        ("2", None, None),
+    ],
+)
+def test_the_devices_of_a_slurm_task(monkeypatch, index, visible, devices):
+    """Where a task sees fewer GPUs than its index on the node, those that it sees are its own."""
+    for name, value in (("SLURM_LOCALID", index), ("CUDA_VISIBLE_DEVICES", visible)):
+        monkeypatch.delenv(name, raising=False)
+        if value is not None:
+            monkeypatch.setenv(name, value)
+    assert processes._local_devices() == devices
+
+
+def test_a_memory_whose_facts_do_not_all_hold_says_so(copied, caplog):
+    results = json.loads((copied / "results.json").read_text())
+    (copied / "results.json").write_text(json.dumps(results | {"holding": 1}))
+    lamini_jax.load(copied)
+    assert "1 of 2 facts of this memory do not hold" in caplog.text

@@ -13,6 +13,7 @@ import json
 import logging
 import math
 import os
+import shutil
 import sys
 import tempfile
 import time
@@ -69,6 +70,15 @@ class Checkpoints:
         processes.barrier(f"saved {step}")
         self._saved_at = time.monotonic()
         self._cost = self._saved_at - started
+
+    def check_room(self, tables: dict[str, Any]) -> None:
+        """Raises UserError if the disk has no room for such tables, two to keep while a third is written."""
+        size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tables))
+        needed = (3 - min(len(self._manager.all_steps()), 2)) * size
+        free = shutil.disk_usage(self._path).free
+        if free < needed:
+            missing = f"{needed / 1e9:.2f} GB for checkpoints and {free / 1e9:.2f} GB are free"
+            raise UserError(f"{self._directory}: the disk is too small: it takes {missing}")
 
     def due(self) -> bool:
         """Whether enough time has passed since the last save: the same on every host."""

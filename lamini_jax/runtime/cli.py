@@ -190,6 +190,10 @@ def _parse_flags(argv: list[str]) -> None:
     for flag in map(parser.__getitem__, parser):
         if isinstance(flag.value, float) and not math.isfinite(flag.value):
             raise UserError(f"--{flag.name}={flag.value}: must be a finite number")
+        if isinstance(flag.value, str) and re.match(r"\w+://", flag.value):
+            raise UserError(
+                f"--{flag.name}={flag.value}: only files are read and written; mount the bucket and name it"
+            )
     if leftover:
         raise UserError(f"unexpected argument {leftover[0]!r}: everything is given as --FLAG=VALUE")
     if "config" in parser and not isinstance(parser["config"].value, ml_collections.ConfigDict):

@@ -35,10 +35,21 @@ def start(coordinator: str | None, num_processes: int | None, process_id: int | 
         _assemble(coordinator, num_processes, process_id, timeout)
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     try:
-        jax.distributed.initialize(coordinator, num_processes, process_id, initialization_timeout=timeout)
+        options = {"local_device_ids": _local_devices(), "initialization_timeout": timeout}
+        jax.distributed.initialize(coordinator, num_processes, process_id, **options)
     except (RuntimeError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"--multihost: the processes did not find each other ({reason})", PROCESS_LOST) from None
+
+
+def _local_devices() -> list[int] | None:
+    """The devices of this process, where jax would guess wrongly: it takes SLURM's index of a task within its node.
+
+    That counts all GPUs of the node, also where each task sees only its own (`srun --gpus-per-task=1`).
+    """
+    visible, index = os.environ.get("CUDA_VISIBLE_DEVICES", ""), os.environ.get("SLURM_LOCALID", "")
+    count = len(visible.split(",")) if visible else 0
+    return list(range(count)) if index.isdecimal() and 0 < count <= int(index) else None
 
 
 def _assemble(coordinator: str, num_processes: int, process_id: int, timeout: int) -> None:

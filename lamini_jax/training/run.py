@@ -52,6 +52,7 @@ class Run:
             _check_backbone(saved, method.model, directory)
             self.progress = Progress(**saved.arrays["progress"], **saved.record["progress"])
             self._state = method.restore(saved)
+        self._checkpoints.check_room(method.save(self._state)[0])
 
     def epochs(self) -> Iterator[Progress]:
         """The progress after each epoch. Raises UserError (PREEMPTED) after a SIGTERM, when all is saved."""
