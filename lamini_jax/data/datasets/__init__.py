@@ -2,7 +2,7 @@
 
 Every module of this package whose name does not begin with an underscore is a data set. It has
 
-    SIZE                           how many pairs there are, if too many to prepare them all; None: few enough
+    SIZE                           how many pairs there are, to refuse a larger `data.count` at once; None: not checked
     ANSWERS_ARE_RANDOM             whether its answers are random already, so that no random ones replace them
     pairs(seed, directory)         yields (question, answer), in an order that depends only on its arguments
     fingerprint(seed, directory)   a text for a folder's name, which differs wherever `pairs` does
