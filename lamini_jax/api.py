@@ -109,7 +109,7 @@ class Source:
         if self.is_export:
             stored = storage.load_export(self.config, self.directory)
         else:
-            result = TuneResult(**json.loads((self.directory / "results.json").read_text()))
+            result = _read_result(self.directory / "results.json")
             if result.holding < result.facts:
                 lacking = f"{result.facts - result.holding} of {result.facts} facts of this memory do not hold"
                 logging.warning("%s: %s; tune further", self.directory, lacking)
@@ -182,7 +182,7 @@ def tune(facts: Facts, directory: str | os.PathLike, config: Config | None = Non
     directory = workdir.open_workdir(directory, run_identity(config, facts, model.fingerprint), where)
     previous = directory / "results.json"
     if previous.exists():
-        result = TuneResult(**json.loads(previous.read_text()))
+        result = _read_result(previous)
         newest = checkpointing.Checkpoints(directory / "checkpoints").latest_step()
         if result.holding == len(facts) and result.step == newest:
             return result
@@ -219,6 +219,15 @@ def run_identity(config: Config, facts: Sequence[Fact], weights: str) -> dict[st
     values = identity(config)
     del values["tuning"]["epochs"]
     return {"config": values, "facts": facts_lib.fingerprint(facts), "weights": weights}
+
+
+def _read_result(path: Path) -> TuneResult:
+    try:
+        return TuneResult(**json.loads(path.read_text()))
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(
+            f"{path}: is no result of tune ({error}); remove it and run python -m lamini_jax.tune"
+        ) from None
 
 
 def _write_recall(path: Path, tuned, recalled_F: np.ndarray, generated: Sequence[str]) -> None:

@@ -27,7 +27,8 @@ class Asking:
 
     def one(self, question: str) -> None:
         """Prints the answer to a question as it grows."""
-        self._check(question, "--question")
+        config = self.source.config.backbone
+        facts.check_question(question, checkpoints.load_tokenizer(config), config.max_seq_len, "--question")
         self._print(self.source.load(self.lookup), question, self.seed)
 
     def lines(self, lines: Iterable[bytes]) -> None:
@@ -38,7 +39,7 @@ class Asking:
             try:
                 question = line.decode().rstrip("\r\n")
                 if question.strip():
-                    self._check(question, where)
+                    facts.check_question(question, memory.model.tokenizer, memory.model.max_seq_len, where)
                     self._print(memory, question, self.seed + number)
             except UnicodeDecodeError as error:
                 print(f"{where}: is not UTF-8 (byte {error.start + 1})", file=sys.stderr)
@@ -68,10 +69,6 @@ class Asking:
             lines.append(json.dumps({**record, **added}, ensure_ascii=False))
         workdir.write_text(output, "\n".join(lines) + "\n")
         processes.print_once(f"{len(lines)} answers in {output}")
-
-    def _check(self, question: str, where: str) -> None:
-        config = self.source.config.backbone
-        facts.check_question(question, checkpoints.load_tokenizer(config), config.max_seq_len, where)
 
     def _print(self, memory: Memory, question: str, seed: int) -> None:
         """Prints the answer as it grows; the bytes of an incomplete character wait for those that complete it."""

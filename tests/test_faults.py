@@ -204,3 +204,13 @@ def test_a_memory_whose_facts_do_not_all_hold_says_so(copied, caplog):
     (copied / "results.json").write_text(json.dumps(results | {"holding": 1}))
     lamini_jax.load(copied)
     assert "1 of 2 facts of this memory do not hold" in caplog.text
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"facts": 2}', '{"holding": 2, "more": 1}'])
+def test_results_that_are_none(copied, content):
+    """One line that says what to do, from whoever reads it."""
+    (copied / "results.json").write_text(content)
+    for use in (lambda: lamini_jax.load(copied), lambda: api.tune(FACTS, copied, CONFIG)):
+        with pytest.raises(UserError, match="results.json: is no result of tune .*; remove it") as caught:
+            use()
+        assert "\n" not in str(caught.value)
