@@ -29,12 +29,11 @@ from jax.experimental import topologies
 from experiments.shared import flops, study
 from lamini_jax import Config
 from lamini_jax.backbone import decoding, transformer
-from lamini_jax.backbone.decoding import Adapters
 from lamini_jax.backbone.frozen_model import FrozenModel
 from lamini_jax.backbone.tokenizer import ByteTokenizer
 from lamini_jax.data.batches import PROMPT_LENGTHS
 from lamini_jax.errors import DEVICES, DOES_NOT_FIT, UserError
-from lamini_jax.memory import experts, routers
+from lamini_jax.memory import experts, routers, storage
 from lamini_jax.runtime import processes, sharding
 from lamini_jax.training import memory_method
 
@@ -152,7 +151,7 @@ def programs(config: Config) -> tuple[dict, dict]:
         return routers.select(router, model, prompt_BT, length_B, k).expert_ids_BK
 
     def answer(model, prompt_BT, length_B, rows_BKR, gates_BK):
-        adapters = Adapters(suffix=experts.adapter(rows_BKR, gates_BK, target))
+        adapters = storage.adapters(experts.adapter(rows_BKR, gates_BK, target), config.memory.positions)
         return decoding.generate(model, prompt_BT, length_B, ANSWER, adapters)
 
     return resident, {

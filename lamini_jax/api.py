@@ -15,7 +15,7 @@ from absl import logging
 from lamini_jax.backbone import answering, checkpoints, frozen_model, transformer
 from lamini_jax.backbone.decoding import Sampling
 from lamini_jax.backbone.frozen_model import FrozenModel
-from lamini_jax.config import BackboneConfig, Config, identity, tiny, to_config_dict
+from lamini_jax.config import BackboneConfig, Config, identity, to_config_dict
 from lamini_jax.data import facts as facts_lib
 from lamini_jax.data.facts import Fact
 from lamini_jax.errors import UserError
@@ -175,7 +175,7 @@ def tune(facts: Facts, directory: str | os.PathLike, config: Config | None = Non
     from lamini_jax import training  # here, so that answering imports no training
     from lamini_jax.configure import configure
 
-    config = configure(to_config_dict(config or tiny()))
+    config = configure(to_config_dict(config or Config()))
     facts = read_facts(facts, config)
     model = frozen_model.load(config)
     where = {"backbone": config.backbone.path}

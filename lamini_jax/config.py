@@ -80,6 +80,8 @@ class MemoryConfig:
     top_k: int = _number(32, at_least=1)
     num_layers: int = _number(2, at_least=1)
     target: str = "down_proj"  # a linear layer of a block
+    # Where experts act: from the position that predicts the answer's first token on, or on the question's tokens too.
+    positions: Literal["answer", "all"] = "answer"
     dtype: Dtype = "float32"  # of the experts; their optimizer computes in float32
 
 
@@ -88,11 +90,12 @@ class RouterConfig:
     """How a question becomes a query and a query becomes experts."""
 
     kind: str = "experts"  # a module of memory/routers
+    layer: int = _number(0, at_least=0)  # whose output becomes the query; 0: a fifth of all layers, at least two
     lookup: str = "exact"  # a module of index
     key_dim: int = _number(64, at_least=1)
     ridge: float = _number(1e-3, above=0)  # of the whitening, relative to the largest variance
     learning_rate: float = _number(1e-3, at_least=0)  # of the one epoch in which the query projection is trained
-    # Questions of the generated world that whiten and train the router, in addition to the facts' questions.
+    # Generated questions that whiten and train the router, in addition to the facts' questions.
     calibration_questions: int = _number(4096, at_least=2)
 
 
@@ -186,18 +189,24 @@ def certified_loss(dtype: str) -> float:
 
 
 def paper_memory(**overrides: Any) -> MemoryConfig:
-    """The paper's memory: 32 experts of a million (section 7.1)."""
-    return MemoryConfig(**{"num_experts": 2**20, "top_k": 32, **overrides})
+    """The paper's memory: 32 experts of a million, which act on all tokens (section 7.1)."""
+    return MemoryConfig(**{"num_experts": 2**20, "top_k": 32, "positions": "all", **overrides})
 
 
 def product_memory(**overrides: Any) -> MemoryConfig:
     """The memory of Lamini's product, as its documentation describes it: 2 experts of 65,536."""
-    return MemoryConfig(**{"num_experts": 2**16, "top_k": 2, **overrides})
+    return MemoryConfig(**{"num_experts": 2**16, "top_k": 2, "positions": "all", **overrides})
 
 
 def tiny() -> Config:
     """The backbone that ships with the package, with the paper's memory."""
     return Config(memory=paper_memory())
+
+
+def router_layer(config: Config) -> int:
+    """The layer whose output the router reads: early ones tell questions apart that later ones take for the same."""
+    layers = config.backbone.num_layers
+    return config.router.layer or min(max(2, round(layers / 5)), layers - config.memory.num_layers)
 
 
 LLAMA3_8B = BackboneConfig(
@@ -263,6 +272,12 @@ def from_config_dict(values: Any, resolve: Callable[[BackboneConfig], BackboneCo
     _require(memory.top_k <= memory.num_experts, "memory.top_k", memory.top_k, "must be at most memory.num_experts")
     fits = memory.num_layers < backbone.num_layers
     _require(fits, "memory.num_layers", memory.num_layers, "must be below backbone.num_layers")
+    _require(
+        config.router.layer <= backbone.num_layers - memory.num_layers,
+        "router.layer",
+        config.router.layer,
+        "must be below the memory's layers",
+    )
     divides = backbone.num_heads % backbone.num_kv_heads == 0
     _require(divides, "backbone.num_kv_heads", backbone.num_kv_heads, "must divide backbone.num_heads")
     return config
@@ -312,4 +327,4 @@ def _require(holds: bool, name: str, value: Any, rule: str) -> None:
 
 def get_config() -> ml_collections.ConfigDict:
     """This file is also a config file: the one that commands use when no `--config` is given."""
-    return to_config_dict(tiny())
+    return to_config_dict(Config())

@@ -147,16 +147,16 @@ def losses_served(model: FrozenModel, adapter_fn: AdapterFn, facts: list[Fact]) 
         (prompts,) = batches.prompts([facts[i].question for i in examples.index_F], model.tokenizer)
         adapters = adapter_fn(prompts.tokens_FT, prompts.length_F)
         arrays = examples.tokens_FT, examples.start_F, examples.targets_FA
-        losses_FA = _losses_beside(model, *arrays, adapters.prefix, adapters.suffix)
-        counts_FA = np.arange(losses_FA.shape[1])[None] < examples.answer_length_F[:, None]
-        total_F[examples.index_F] = losses_FA.sum(axis=1, where=counts_FA)
+        losses_FA = _losses_beside(model, *arrays, examples.answer_length_F, adapters)
+        total_F[examples.index_F] = losses_FA.sum(axis=1)
     return total_F
 
 
 @jax.jit
-def _losses_beside(model, tokens_FT, start_F, targets_FA, prefix, suffix):
-    hidden_FTD, _ = transformer.prefix(model.decoder, model.params, tokens_FT, adapter=prefix)
-    return frozen_model.token_losses(model, hidden_FTD, start_F, targets_FA, suffix)[0]
+def _losses_beside(model, tokens_FT, start_F, targets_FA, length_F, adapters):
+    hidden_FTD, _ = transformer.prefix(model.decoder, model.params, tokens_FT, adapter=adapters.prefix)
+    hidden_FAD = frozen_model.states_beside(model, hidden_FTD, start_F, targets_FA.shape[1], adapters)
+    return frozen_model.token_losses(model, hidden_FAD, targets_FA, length_F, targets_FA.size)[0]
 
 
 def latest(directory: Path) -> checkpointing.Saved | None:

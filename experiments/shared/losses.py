@@ -115,12 +115,14 @@ def _read(model: FrozenModel, prompt_BT, length_B, targets_BA, adapters):
 @jax.jit
 def _losses(model: FrozenModel, prompt_BT, length_B, targets_BA, adapters):
     hidden_BTD = _read(model, prompt_BT, length_B, targets_BA, adapters)
-    losses_BA, _ = frozen_model.token_losses(model, hidden_BTD, length_B - 1, targets_BA, adapters.suffix)
+    hidden_BAD = frozen_model.states_beside(model, hidden_BTD, length_B - 1, targets_BA.shape[1], adapters)
+    all_B = jnp.full_like(length_B, targets_BA.shape[1])
+    losses_BA, _ = frozen_model.token_losses(model, hidden_BAD, targets_BA, all_B, targets_BA.size)
     return sharding.constrain(losses_BA)
 
 
 @jax.jit
 def _probabilities(model: FrozenModel, prompt_BT, length_B, targets_BA, adapters):
     hidden_BTD, length = _read(model, prompt_BT, length_B, targets_BA, adapters), targets_BA.shape[1]
-    logits_BAV = frozen_model.answer_logits(model, hidden_BTD, length_B - 1, length, adapters.suffix)
+    logits_BAV = frozen_model.answer_logits(model, hidden_BTD, length_B - 1, length, adapters)
     return sharding.constrain(jax.nn.softmax(logits_BAV))

@@ -32,6 +32,8 @@ from lamini_jax.runtime import cli, processes, workdir
 # The flags defined here are those of the study that is started, so that its --help lists them.
 flags.disclaim_key_flags()
 
+_DEFAULT_CONFIG = Path(__file__).parents[1] / "configs" / "tiny.py"
+
 
 @dataclasses.dataclass(frozen=True)
 class Arguments:
@@ -51,7 +53,7 @@ def start(
     `on_devices=False` is for a study that computes nothing in this process: without mesh, flags for several processes
     and use of accelerators.
     """
-    config = cli.define_config()
+    config = cli.define_config(str(_DEFAULT_CONFIG))
     directory = flags.DEFINE_string("workdir", None, "Directory of the results.", required=True)
     if on_devices:
         cli.define_processes()

@@ -11,8 +11,8 @@ import jax
 import numpy as np
 
 from lamini_jax.backbone import decoding
-from lamini_jax.backbone.decoding import Adapters, Sampling
-from lamini_jax.backbone.frozen_model import FrozenModel
+from lamini_jax.backbone.decoding import Sampling
+from lamini_jax.backbone.frozen_model import Adapters, FrozenModel
 from lamini_jax.data import batches
 from lamini_jax.runtime import processes
 

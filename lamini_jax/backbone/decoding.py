@@ -10,19 +10,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from lamini_jax.backbone import transformer
-from lamini_jax.backbone.frozen_model import FrozenModel
-from lamini_jax.backbone.transformer import Adapter
+from lamini_jax.backbone import frozen_model, transformer
+from lamini_jax.backbone.frozen_model import Adapters, FrozenModel
 from lamini_jax.runtime import sharding
-
-
-class Adapters(NamedTuple):
-    """The adapters of prefix and suffix for some prompts, and the experts they are made of, if they are."""
-
-    prefix: Adapter | None = None
-    suffix: Adapter | None = None
-    expert_ids_BK: jax.Array | None = None
-
 
 BARE = Adapters()
 
@@ -65,18 +55,27 @@ def prefill(
     A is the length of the backbone's longest sequence, prompt included; `max_new_tokens` is traced, so that one
     compilation serves all its values.
     """
-    config, batch = model.decoder.config, prompt_BT.shape[0]
-    length = max(config.max_seq_len, prompt_BT.shape[1])
-    caches = tuple(
-        transformer.empty_cache(config, layers, batch, length)
-        for layers in (config.num_layers - model.decoder.memory_layers, model.decoder.memory_layers)
-    )
-    positions_BT = jnp.broadcast_to(jnp.arange(prompt_BT.shape[1]), prompt_BT.shape)
-    last_B, drawn = length_B - 1, _at(sampling, 0)
-    token_B, logprob_B, caches = _next(model, prompt_BT, positions_BT, last_B, caches, adapters, drawn)
+    parts, batch = (model.decoder, model.params), prompt_BT.shape[0]
+    length = max(model.max_seq_len, prompt_BT.shape[1])
+    if adapters.prefix is not None:  # which changes what is known of the shared beginning
+        model = model.replace(beginning=None)
+    caches = frozen_model.caches(model, batch, length)
+    own = frozen_model.after_beginning(model, prompt_BT)
+    hidden_BTD, prefix = transformer.prefix(*parts, **own, cache=caches[0], adapter=adapters.prefix)
+    positions_BT = own["positions_BT"]
+    if adapters.suffix is not None:  # likewise: the suffix reads all of the prompt
+        hidden_BTD = frozen_model.with_shared(model, hidden_BTD)
+        positions_BT = jnp.broadcast_to(jnp.arange(prompt_BT.shape[1]), prompt_BT.shape)
+    read_BTD, suffix = transformer.suffix(*parts, hidden_BTD, positions_BT, caches[1], adapters.suffix)
+    last_B = length_B - 1 - positions_BT[:, 0]
+    read_B1D = frozen_model.at_positions(read_BTD, last_B, 1)
+    if adapters.answer is not None:  # the position that predicts the answer's first token, again and with memory
+        last_B1D = frozen_model.at_positions(hidden_BTD, last_B, 1)
+        read_B1D, suffix = transformer.suffix(*parts, last_B1D, length_B[:, None] - 1, suffix, adapters.answer)
+    token_B, logprob_B = _choose(model, read_B1D, _at(sampling, 0))
     answer_BA = jnp.full((batch, length), model.tokenizer.stop_ids[0], jnp.int32)
     budget_B = jnp.minimum(max_new_tokens, length - length_B)
-    return State(jnp.int32(0), answer_BA, logprob_B, token_B, budget_B, length_B, caches)
+    return State(jnp.int32(0), answer_BA, logprob_B, token_B, budget_B, length_B, (prefix, suffix))
 
 
 @functools.partial(jax.jit, donate_argnames="state")
@@ -93,14 +92,17 @@ def decode(
     def advance(state):
         answer_BA = state.answer_BA.at[:, state.step].set(state.token_B)
         # A prompt's padding is overwritten before any token can attend to it.
-        positions_B1 = (state.length_B + state.step)[:, None]
-        first_B, step = jnp.zeros_like(state.length_B), state.step + 1
-        token_B, logprob_B, caches = _next(
-            model, state.token_B[:, None], positions_B1, first_B, state.caches, adapters, _at(sampling, step)
+        positions_B1, step = (state.length_B + state.step)[:, None], state.step + 1
+        parts, suffix = (model.decoder, model.params), adapters.suffix or adapters.answer
+        hidden_B1D, first = transformer.prefix(
+            *parts, state.token_B[:, None], positions_B1, state.caches[0], adapters.prefix
         )
+        hidden_B1D, second = transformer.suffix(*parts, hidden_B1D, positions_B1, state.caches[1], suffix)
+        token_B, logprob_B = _choose(model, hidden_B1D, _at(sampling, step))
         done_B = is_complete(state.token_B, stop_ids)
         token_B = jnp.where(done_B | (step >= state.budget_B), stop_ids[0], token_B)
         logprob_B = jnp.where(done_B, state.min_logprob_B, jnp.minimum(state.min_logprob_B, logprob_B))
+        caches = first, second
         return state._replace(step=step, answer_BA=answer_BA, token_B=token_B, min_logprob_B=logprob_B, caches=caches)
 
     state = jax.lax.while_loop(unfinished, advance, state)
@@ -128,16 +130,12 @@ def _at(sampling: Sampling | None, step) -> Sampling | None:
     return sampling and sampling._replace(key=jax.random.fold_in(sampling.key, step))
 
 
-def _next(model: FrozenModel, tokens_BT, positions_BT, last_B, caches, adapters: Adapters, sampling):
-    """The token that follows position `last_B`, its log-probability, and the caches with `tokens_BT` in them."""
-    parts = model.decoder, model.params
-    hidden_BTD, prefix = transformer.prefix(*parts, tokens_BT, positions_BT, caches[0], adapters.prefix)
-    hidden_BTD, suffix = transformer.suffix(*parts, hidden_BTD, positions_BT, caches[1], adapters.suffix)
-    hidden_B1D = jnp.take_along_axis(hidden_BTD, last_B[:, None, None], axis=1)
-    logits_BV = transformer.unembed(*parts, hidden_B1D)[:, 0]
+def _choose(model: FrozenModel, hidden_B1D, sampling: Sampling | None):
+    """The next token, given the suffix's output, and its log-probability."""
+    logits_BV = transformer.unembed(model.decoder, model.params, hidden_B1D)[:, 0]
     if sampling is None:
         token_B = jnp.argmax(logits_BV, axis=-1)
     else:
         token_B = jax.random.categorical(sampling.key, logits_BV / sampling.temperature)
     logit_B = jnp.take_along_axis(logits_BV, token_B[:, None], axis=1)[:, 0]
-    return token_B.astype(jnp.int32), logit_B - jax.nn.logsumexp(logits_BV, axis=-1), (prefix, suffix)
+    return token_B.astype(jnp.int32), logit_B - jax.nn.logsumexp(logits_BV, axis=-1)

@@ -4,7 +4,7 @@ import dataclasses
 import json
 import shutil
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
@@ -16,12 +16,26 @@ from lamini_jax.errors import UserError
 _FILES = ("tokenizer", "chat_template", "generation_config", "special_tokens", "added_tokens", "vocab", "merges")
 
 
+# Shorter ones than this are read with each prompt.
+_WORTH_SHARING = 8
+_PROBES = ("Who wrote the letter?", "7", "(a) or (b)", "über Nacht")  # questions that begin and end differently
+
+
+class Frame(NamedTuple):
+    """What all prompts have in common."""
+
+    beginning: tuple[int, ...]  # the tokens that they begin with, if there are enough of them to be read apart
+    before: int  # tokens before the question's own
+    after: int  # tokens after the question's own
+
+
 class Tokenizer(Protocol):
     """What the package needs of a tokenizer. It is hashable, because it is a static field of a pytree."""
 
     vocab_size: int
     pad_id: int
     stop_ids: tuple[int, ...]  # tokens that end an answer; the first of them ends answers in training
+    frame: Frame
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text, without any special token. Raises UserError if the text cannot be encoded."""
@@ -52,6 +66,7 @@ class ByteTokenizer:
     vocab_size = 256
     pad_id, begin_id, answer_id, stop_id = 0xFC, 0xFD, 0xFE, 0xFF
     stop_ids = (stop_id,)
+    frame = Frame((), 1, 1)
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text. Raises UserError if it cannot be written in UTF-8 (lone surrogates)."""
@@ -124,6 +139,7 @@ class CheckpointTokenizer:
         self.stop_ids = self._find_stops(directory)
         pad = self._special("pad_token")
         self.pad_id = self.stop_ids[0] if pad is None else pad
+        self.frame = self._find_frame()
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text, without any special token. Raises UserError for lone surrogates."""
@@ -180,6 +196,15 @@ class CheckpointTokenizer:
             )
         return None if token is None else self._tokenizer.token_to_id(token)
 
+    def _find_frame(self) -> Frame:
+        """Found by some questions. A special token ends the beginning: no question can change tokens before one."""
+        prompts = [self.prompt(question) for question in _PROBES]
+        before, after = _common(prompts), _common([prompt[::-1] for prompt in prompts])
+        specials = {token for token, added in self._tokenizer.get_added_tokens_decoder().items() if added.special}
+        ends = [place + 1 for place, token in enumerate(prompts[0][:before]) if token in specials]
+        beginning = prompts[0][: max(ends, default=0)]
+        return Frame(tuple(beginning) if len(beginning) >= _WORTH_SHARING else (), before, after)
+
     def _find_stops(self, directory: Path) -> tuple[int, ...]:
         """The token that ends a turn, then all others at which generation stops."""
         stops = [self._special("eos_token")]
@@ -205,6 +230,12 @@ def load(directory: Path, vocab_size: int, system: str = "") -> CheckpointTokeni
     if tokenizer.stop_ids[0] >= vocab_size:
         raise UserError(f"{directory}: eos_token_id {tokenizer.stop_ids[0]} ends an answer, {vocabulary}")
     return tokenizer
+
+
+def _common(sequences: list[list[int]]) -> int:
+    """How many tokens all sequences begin with."""
+    shortest = min(map(len, sequences))
+    return next((i for i in range(shortest) if len({tokens[i] for tokens in sequences}) > 1), shortest)
 
 
 def _before_stop(ids, stop_ids: tuple[int, ...]) -> list[int]:

@@ -19,7 +19,8 @@ from lamini_jax.config import BackboneConfig
 from lamini_jax.runtime import sharding
 
 Params = Any
-Cache = Any  # {"keys_LBPGW", "values_LBPGW"} of one part
+Cache = Any  # {"keys": keys_LBPGW, "values": values_LBPGW} of one part, which new tokens are written into
+Context = Any  # the same of tokens that have been read before, for any number of batches: B is 1 if they share it
 
 
 class LowRank(NamedTuple):
@@ -174,7 +175,7 @@ class Block(nn.Module):
     config: BackboneConfig
 
     @nn.compact
-    def __call__(self, x_BTD, positions_BT, mask_BTP, cache, adapter):
+    def __call__(self, x_BTD, positions_BT, mask_BTP, cache, adapter, context):
         c = self.config
         shapes = linear_shapes(c)
 
@@ -203,6 +204,9 @@ class Block(nn.Module):
                 k_BPGW = cache["keys"].at[rows_B1, positions_BT].set(k_BPGW.astype(cache["keys"].dtype))
                 v_BPGW = cache["values"].at[rows_B1, positions_BT].set(v_BPGW.astype(cache["values"].dtype))
                 cache = {"keys": k_BPGW, "values": v_BPGW}
+            elif context is not None:
+                k_BPGW = _after(context["keys"], k_BPGW)
+                v_BPGW = _after(context["values"], v_BPGW)
             mixed_BTO = attend(q_BTHW * c.head_dim**-0.5, k_BPGW, v_BPGW, mask_BTP, c.dtype)
             x_BTD = x_BTD + linear("o_proj", mixed_BTO)
         with jax.named_scope("mlp"):
@@ -210,6 +214,12 @@ class Block(nn.Module):
             h_BTF = jax.nn.silu(linear("gate_proj", h_BTD)) * linear("up_proj", h_BTD)
             x_BTD = x_BTD + linear("down_proj", h_BTF)
         return x_BTD, cache
+
+
+def _after(context_BPGW, x_BTGW):
+    """The keys or values of a context and, after them, those of the tokens that follow it."""
+    context_BPGW = jnp.broadcast_to(context_BPGW, (x_BTGW.shape[0], *context_BPGW.shape[1:]))
+    return jnp.concatenate([context_BPGW.astype(x_BTGW.dtype), x_BTGW], axis=1)
 
 
 class Decoder(nn.Module):
@@ -225,20 +235,22 @@ class Decoder(nn.Module):
         start = nn.initializers.normal(c.embed_dim**-0.5)
         self.embedding = self.param("embedding", start, (c.vocab_size, c.embed_dim), c.dtype)
         layers = {"variable_axes": {"params": 0}, "split_rngs": {"params": True}}
-        layers["in_axes"] = (nn.broadcast, nn.broadcast, 0, 0)
+        layers["in_axes"] = (nn.broadcast, nn.broadcast, 0, 0, 0)
         self.prefix_layers = nn.scan(Block, **layers, length=c.num_layers - self.memory_layers)(c)
         self.suffix_layers = nn.scan(suffix_block, **layers, length=self.memory_layers)(c)
         self.final_norm = RMSNorm(c.norm_eps)
         if not c.tied_embeddings:
             self.unembedding = Linear((c.embed_dim, c.vocab_size), c.dtype)
 
-    def prefix(self, tokens_BT, positions_BT, mask_BTP, cache=None, adapter=None):
-        hidden_BTD = sharding.constrain(self.embedding[tokens_BT].astype(jnp.float32), "batch", None, None)
-        return self.prefix_layers(hidden_BTD, positions_BT, mask_BTP, cache, adapter)
+    def embed(self, tokens_BT):
+        return sharding.constrain(self.embedding[tokens_BT].astype(jnp.float32), "batch", None, None)
 
-    def suffix(self, hidden_BTD, positions_BT, mask_BTP, cache=None, adapter=None):
+    def prefix(self, tokens_BT, positions_BT, mask_BTP, cache=None, adapter=None, context=None):
+        return self.prefix_layers(self.embed(tokens_BT), positions_BT, mask_BTP, cache, adapter, context)
+
+    def suffix(self, hidden_BTD, positions_BT, mask_BTP, cache=None, adapter=None, context=None):
         hidden_BTD = sharding.constrain(hidden_BTD, "batch", None, None)
-        hidden_BTD, cache = self.suffix_layers(hidden_BTD, positions_BT, mask_BTP, cache, adapter)
+        hidden_BTD, cache = self.suffix_layers(hidden_BTD, positions_BT, mask_BTP, cache, adapter, context)
         return self.final_norm(hidden_BTD), cache
 
     def unembed(self, hidden_BTD):
@@ -247,20 +259,28 @@ class Decoder(nn.Module):
         return self.unembedding(hidden_BTD)
 
     def __call__(self, tokens_BT):
-        positions_BT, mask_BTP = _positions(self.config, tokens_BT, None, None)
+        positions_BT, mask_BTP = _positions(self.config, tokens_BT)
         hidden_BTD, _ = self.prefix(tokens_BT, positions_BT, mask_BTP)
         hidden_BTD, _ = self.suffix(hidden_BTD, positions_BT, mask_BTP)
         return self.unembed(hidden_BTD)
 
 
-def _positions(config: BackboneConfig, x_BT, positions_BT, cache):
-    """Positions (0, 1, ... unless given) and mask_BTP: a token attends to positions up to its own, in its window."""
+def _positions(config: BackboneConfig, x_BT, positions_BT=None, cache: Cache = None, context: Context = None):
+    """Positions (0, 1, ... unless given) and mask_BTP: a token attends to positions up to its own, in its window.
+
+    Of a context, whose length may differ from sequence to sequence, only what is before the first position counts.
+    """
     if positions_BT is None:
         positions_BT = jnp.broadcast_to(jnp.arange(x_BT.shape[1]), x_BT.shape[:2])
-    slots_11P = jnp.arange(x_BT.shape[1] if cache is None else cache["keys"].shape[2])[None, None, :]
-    mask_BTP = slots_11P <= positions_BT[:, :, None]
+    if context is not None:
+        places_1P = jnp.arange(context["keys"].shape[2])[None]
+        before_BP = jnp.where(places_1P < positions_BT[:, :1], places_1P, jnp.iinfo(jnp.int32).max)
+        slots_B1P = jnp.concatenate([before_BP, positions_BT], axis=1)[:, None]
+    else:
+        slots_B1P = jnp.arange(x_BT.shape[1] if cache is None else cache["keys"].shape[2])[None, None]
+    mask_BTP = slots_B1P <= positions_BT[:, :, None]
     if config.sliding_window:
-        mask_BTP &= slots_11P > positions_BT[:, :, None] - config.sliding_window
+        mask_BTP &= slots_B1P > positions_BT[:, :, None] - config.sliding_window
     return positions_BT, mask_BTP
 
 
@@ -290,16 +310,50 @@ def put(decoder: Decoder, params: Params) -> Params:
     return jax.tree.map(lambda x, names: sharding.put(x, *names), params, axes(decoder.config, params))
 
 
-def prefix(decoder: Decoder, params: Params, tokens_BT, positions_BT=None, cache: Cache = None, adapter=None):
-    """The frozen layers: hidden_BTD at the input of the first memory layer, and the cache with these tokens in it."""
-    positions_BT, mask_BTP = _positions(decoder.config, tokens_BT, positions_BT, cache)
-    return decoder.apply({"params": params}, tokens_BT, positions_BT, mask_BTP, cache, adapter, method="prefix")
+def prefix(
+    decoder: Decoder,
+    params: Params,
+    tokens_BT,
+    positions_BT=None,
+    cache: Cache = None,
+    adapter: Adapter | None = None,
+    context: Context = None,
+):
+    """The frozen layers: hidden_BTD at the input of the first memory layer, and the cache with these tokens in it.
+
+    With a context, `positions_BT` is given too; the tokens follow it.
+    """
+    arguments = *_positions(decoder.config, tokens_BT, positions_BT, cache, context), cache, adapter, context
+    return decoder.apply({"params": params}, tokens_BT, *arguments, method="prefix")
 
 
-def suffix(decoder: Decoder, params: Params, hidden_BTD, positions_BT=None, cache: Cache = None, adapter=None):
+def suffix(
+    decoder: Decoder,
+    params: Params,
+    hidden_BTD,
+    positions_BT=None,
+    cache: Cache = None,
+    adapter: Adapter | None = None,
+    context: Context = None,
+):
     """The memory layers: the normed hidden_BTD that `unembed` takes, and the cache with these tokens written."""
-    positions_BT, mask_BTP = _positions(decoder.config, hidden_BTD, positions_BT, cache)
-    return decoder.apply({"params": params}, hidden_BTD, positions_BT, mask_BTP, cache, adapter, method="suffix")
+    arguments = *_positions(decoder.config, hidden_BTD, positions_BT, cache, context), cache, adapter, context
+    return decoder.apply({"params": params}, hidden_BTD, *arguments, method="suffix")
+
+
+def early(decoder: Decoder, params: Params, tokens_BT, positions_BT=None, context: Context = None, *, layers: int):
+    """hidden_BTD after the first `layers` layers of the prefix, and those alone are computed."""
+    hidden_BTD = decoder.apply({"params": params}, tokens_BT, method="embed")
+    positions_BT, mask_BTP = _positions(decoder.config, tokens_BT, positions_BT, None, context)
+    block = Block(decoder.config)
+
+    def apply(hidden_BTD, layer):
+        # By its index, as a scan over all layers does it: a slice of the first ones would be copied.
+        stacks = params["prefix_layers"], context
+        weights, before = jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, layer, keepdims=False), stacks)
+        return block.apply({"params": weights}, hidden_BTD, positions_BT, mask_BTP, None, None, before)[0], None
+
+    return jax.lax.scan(apply, hidden_BTD, jnp.arange(layers))[0]
 
 
 def unembed(decoder: Decoder, params: Params, hidden_BTD):

@@ -17,7 +17,8 @@ MAX_SHAPES = 2
 _WORTH_PADDING = 0.15
 # The padded length of a prompt does not depend on the other questions: a fact must select the same experts when it is
 # tuned and when it is asked for, and sums over another length are rounded differently.
-PROMPT_LENGTHS = (64, 128, 256)
+# What all prompts begin with, if it is read apart, comes in addition.
+PROMPT_LENGTHS = (32, 64, 128, 256)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,6 +39,10 @@ class TokenizedFacts:
     def answer_length_F(self) -> np.ndarray:
         """Tokens of the completion, the stop token included."""
         return self.length_F - self.prompt_length_F
+
+    def most_tokens(self, count: int) -> int:
+        """The most answer tokens that `count` of the facts have together, rounded up to a multiple of 8."""
+        return int(-(-np.sort(self.answer_length_F)[-count:].sum() // 8) * 8)
 
     @property
     def targets_FA(self) -> np.ndarray:
@@ -82,7 +87,8 @@ def encode(facts: Sequence[Fact], tokenizer, multiple: int = 8) -> list[Tokenize
 def prompts(questions: Sequence[str], tokenizer) -> list[Prompts]:
     """The prompts of some questions, in buckets of PROMPT_LENGTHS (then its doubles)."""
     sequences = [tokenizer.prompt(question) for question in questions]
-    return [Prompts(*bucket) for bucket in _buckets(sequences, _prompt_widths(sequences), tokenizer.pad_id)]
+    widths = _prompt_widths(sequences, len(tokenizer.frame.beginning))
+    return [Prompts(*bucket) for bucket in _buckets(sequences, widths, tokenizer.pad_id)]
 
 
 def choices(items: Sequence[MultipleChoice], tokenizer) -> list[Choices]:
@@ -142,11 +148,11 @@ def _choices(tokens_FT: np.ndarray, keys: list, ends: list[list[tuple[int, int]]
     return Choices(tokens_FT, start_F, length_F, targets_FAC, np.array([item for item, _, _ in keys]), choice_FC)
 
 
-def _prompt_widths(sequences: list[list[int]]) -> list[int]:
-    widths = list(PROMPT_LENGTHS)
-    while widths[-1] < max(map(len, sequences), default=0):
+def _prompt_widths(sequences: list[list[int]], shared: int = 0) -> list[int]:
+    widths, longest = list(PROMPT_LENGTHS), max(map(len, sequences), default=0) - shared
+    while widths[-1] < longest:
         widths.append(2 * widths[-1])
-    return widths
+    return [shared + width for width in widths]
 
 
 def _buckets(

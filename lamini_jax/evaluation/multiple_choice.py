@@ -8,8 +8,7 @@ import numpy as np
 
 from lamini_jax.backbone import frozen_model, transformer
 from lamini_jax.backbone.answering import AdapterFn
-from lamini_jax.backbone.decoding import Adapters
-from lamini_jax.backbone.frozen_model import FrozenModel
+from lamini_jax.backbone.frozen_model import Adapters, FrozenModel
 from lamini_jax.data import batches
 from lamini_jax.data.benchmarks import MultipleChoice
 from lamini_jax.evaluation import intervals
@@ -49,7 +48,7 @@ def _log_likelihoods(model: FrozenModel, tokens_BT, start_B, length_B, targets_B
     """score_BC: the sum of the log-probabilities of each choice's `length_B` tokens."""
     hidden_BTD, _ = transformer.prefix(model.decoder, model.params, tokens_BT, adapter=adapters.prefix)
     longest = targets_BAC.shape[1]
-    logits_BAV = frozen_model.answer_logits(model, hidden_BTD, start_B, longest, adapters.suffix)
+    logits_BAV = frozen_model.answer_logits(model, hidden_BTD, start_B, longest, adapters)
     losses_BAC = jax.nn.logsumexp(logits_BAV, axis=-1, keepdims=True) - jnp.take_along_axis(logits_BAV, targets_BAC, -1)
     counted_BA1 = (jnp.arange(longest)[None] < length_B[:, None])[:, :, None]
     return sharding.constrain(-jnp.sum(jnp.where(counted_BA1, losses_BAC, 0.0), axis=1))

@@ -15,8 +15,8 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from lamini_jax.backbone.answering import AdapterFn
-from lamini_jax.backbone.decoding import Adapters
-from lamini_jax.backbone.frozen_model import FrozenModel
+from lamini_jax.backbone.frozen_model import Adapters, FrozenModel
+from lamini_jax.backbone.transformer import Adapter
 from lamini_jax.config import Config, from_config_dict
 from lamini_jax.errors import UserError
 from lamini_jax.memory import experts, routers, slots
@@ -143,16 +143,22 @@ def adapter_fn(model: FrozenModel, memory: StoredMemory, config: Config) -> Adap
 
 def with_experts(model: FrozenModel, router: routers.Router, fetch, config: Config) -> AdapterFn:
     """Lamini-1: every question selects its experts, and `fetch(expert_ids_BK) -> rows_BKR` reads only those."""
-    top_k, target = config.memory.top_k, config.memory.target
+    top_k, target, positions = config.memory.top_k, config.memory.target, config.memory.positions
 
     def select(prompt_BT, length_B):
         return routers.select(router, model, prompt_BT, length_B, top_k)
 
     def build(selection):
-        suffix = _adapter(fetch(selection.expert_ids_BK), selection.gates_BK, target)
-        return Adapters(suffix=suffix, expert_ids_BK=selection.expert_ids_BK)
+        adapter = _adapter(fetch(selection.expert_ids_BK), selection.gates_BK, target)
+        return adapters(adapter, positions, selection.expert_ids_BK)
 
     return AdapterFn(select, build)
+
+
+def adapters(adapter: Adapter, positions: str, expert_ids_BK=None) -> Adapters:
+    """The experts' adapter, where `memory.positions` says that it acts."""
+    field = {"all": "suffix", "answer": "answer"}[positions]
+    return Adapters(**{field: adapter}, expert_ids_BK=expert_ids_BK)
 
 
 _gather_trained = jax.jit(experts.gather_trained)

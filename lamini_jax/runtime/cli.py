@@ -22,6 +22,7 @@ import importlib.util
 import math
 import os
 import re
+import runpy
 import shlex
 import signal
 import sys
@@ -38,21 +39,24 @@ from ml_collections import config_flags
 
 from lamini_jax import config as config_lib
 from lamini_jax.errors import BAD_INPUT, DEVICES, DOES_NOT_FIT, UserError
+from lamini_jax.runtime import user_cache
 
+_CACHE = flags.DEFINE_string(
+    "cache_dir", user_cache.default(), "What later commands need again: compiled programs, calibration; empty: nowhere."
+)
 flags.DEFINE_bool("traceback", False, "Shows the traceback of an unexpected error instead of writing it to a file.")
 # The flags defined here belong to the command that asks for them, so that its --help lists them.
 flags.disclaim_key_flags()
 
-_DEFAULT_CONFIG = str(Path(config_lib.__file__).resolve())
 # Where the config flag looks for overrides. `run` fills it: sys.argv itself would be read while modules are imported,
 # when a bad flag would still end in a traceback.
 _ARGV: list[str] = []
 
 
-def define_config() -> flags.FlagHolder[ml_collections.ConfigDict]:
-    """Defines `--config=FILE` and its `--config.GROUP.FIELD=VALUE`; `lamini_jax/config.py` is the default file."""
+def define_config(default: str = config_lib.__file__) -> flags.FlagHolder[ml_collections.ConfigDict]:
+    """Defines `--config=FILE` and its `--config.GROUP.FIELD=VALUE`; `default` is the file if none is given."""
     holder = config_flags.DEFINE_config_file("config", None, "Config file.", sys_argv=_ARGV)
-    flags.FLAGS["config"].default_as_str = f"'{_DEFAULT_CONFIG}'"  # which `run` adds
+    flags.FLAGS["config"].default_as_str = f"'{Path(default).resolve()}'"  # which `run` adds
     return holder
 
 
@@ -73,6 +77,7 @@ def start(mesh: config_lib.MeshConfig) -> None:
 
     f = flags.FLAGS
     jax.config.update("jax_enable_x64", False)  # JAX_ENABLE_X64 would change every number
+    user_cache.use(_CACHE.value)
     if f.multihost:
         processes.start(f.coordinator, f.num_processes, f.process_id, f.join_timeout)
     elif f.coordinator or f.num_processes or f.process_id is not None:
@@ -176,7 +181,7 @@ def _parse_flags(argv: list[str]) -> None:
             _check_overrides(argv)
             if not any(re.match(r"--?config(=|$)", argument) for argument in argv):
                 # As an argument: overrides do not apply to a flag's default, whose names stay for the next file loaded.
-                argv.insert(1, f"--config={_DEFAULT_CONFIG}")
+                argv.insert(1, f"--config={_default_config()}")
             _ARGV[:] = argv
         leftover = parser(argv)[1:]
     except flags.Error as error:
@@ -199,6 +204,10 @@ def _parse_flags(argv: list[str]) -> None:
     if "config" in parser and not isinstance(parser["config"].value, ml_collections.ConfigDict):
         filename = parser["config"].config_filename
         raise UserError(f"--config={filename}: not a file whose get_config() returns to_config_dict(CONFIG)")
+
+
+def _default_config() -> str:
+    return flags.FLAGS["config"].default_as_str.strip("'")
 
 
 def _check_overrides(argv: list[str]) -> None:
@@ -238,7 +247,7 @@ def _print_help() -> None:
     if "config" in flags.FLAGS:
         print("\nfields of the default config:")
         rules = config_lib.ranges()
-        for name, value in flatten(dataclasses.asdict(config_lib.tiny())):
+        for name, value in flatten(runpy.run_path(_default_config())["get_config"]().to_dict()):
             print(f"  --config.{name}={value}{f'  ({rules[name]})' if name in rules else ''}")
 
 

@@ -3,9 +3,10 @@
 F is the facts of a bucket (all of one length), B those of a batch.
 """
 
+import functools
 import math
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import flax
 import jax
@@ -13,8 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from lamini_jax.backbone import frozen_model
-from lamini_jax.backbone.frozen_model import FrozenModel
-from lamini_jax.config import TuningConfig
+from lamini_jax.backbone.frozen_model import FrozenModel, QuestionAndAnswer
+from lamini_jax.config import Config, TuningConfig
 from lamini_jax.data.batches import TokenizedFacts
 from lamini_jax.errors import UserError
 from lamini_jax.memory.slots import EMPTY_SLOT
@@ -33,11 +34,12 @@ class FactExperts(NamedTuple):
 class DeviceFacts:
     """Facts of one length on the devices: the input of the trained part, and the tokens that it should predict."""
 
-    inputs: jax.Array  # hidden_FTD of the prefix, or tokens_FT where the prefix is trained too
+    inputs: Any  # what the trained part reads: hidden_FTD, QuestionAndAnswer, or tokens_FT where all is trained
     start_F: jax.Array
     length_F: jax.Array  # of the answer, the stop token included
     targets_FA: jax.Array
     selected: FactExperts | None = None
+    most_tokens: int = flax.struct.field(pytree_node=False, default=0)  # of answers in one shard's part of a batch
 
     def take(self, index_B) -> "DeviceFacts":
         """The facts at `index_B`; an index of -1 becomes a fact without answer and without experts."""
@@ -58,8 +60,7 @@ class DeviceFacts:
     def axes(self) -> "DeviceFacts":
         """The names of the axes of each array."""
         names = jax.tree.map(lambda x: ("facts",) + (None,) * (x.ndim - 1), self)
-        inputs = sharding.divisible_axes(("facts", None, "width")[: self.inputs.ndim], self.inputs.shape)
-        return names.replace(inputs=inputs)
+        return names.replace(inputs=input_axes(self.inputs))
 
 
 class HostFacts(NamedTuple):
@@ -104,32 +105,85 @@ def num_steps(examples: Sequence[TokenizedFacts], config: TuningConfig) -> int:
     return config.epochs * sum(-(-size // min(config.batch_size, size)) for size in sizes)
 
 
-def of_tokens(examples: Sequence[TokenizedFacts]) -> TrainingData:
+def of_tokens(examples: Sequence[TokenizedFacts], batch_size: int) -> TrainingData:
     """The facts as tokens, for methods that train the prefix too."""
-    return TrainingData(list(examples), [_on_devices(facts, _put(facts.tokens_FT)) for facts in examples])
+    return TrainingData(list(examples), [_on_devices(facts, _put(facts.tokens_FT), batch_size) for facts in examples])
 
 
-def of_activations(model: FrozenModel, examples: Sequence[TokenizedFacts], budget: float = math.inf) -> TrainingData:
-    """The facts with their prefix activations, computed once.
+def of_activations(
+    model: FrozenModel,
+    examples: Sequence[TokenizedFacts],
+    batch_size: int,
+    on_answers: bool = False,
+    budget: float = math.inf,
+) -> TrainingData:
+    """The facts with what the frozen layers compute of them, once.
 
-    Activations stay on the devices as long as they take at most `budget` bytes of each; the other buckets stay on the
-    host. Raises UserError if that would be needed with several hosts, none of which has all activations.
+    That is the prefix's output or, for a memory `on_answers` alone, a QuestionAndAnswer. It stays on the devices as
+    long as it takes at most `budget` bytes of each; the other buckets stay on the host. Raises UserError if that would
+    be needed with several hosts, none of which has all facts.
     """
-    buckets, shards = [], sharding.num_shards("facts") * sharding.num_shards("width")
+    buckets = []
     for facts in examples:
-        budget -= 4 * facts.tokens_FT.size * model.decoder.config.embed_dim / shards
+        read = functools.partial(_read_fact, model, facts) if on_answers else functools.partial(_read_prefix, model)
+        shapes = jax.eval_shape(read, *_batch(facts, slice(None)))
+        budget -= _bytes_per_device(shapes)
         if budget >= 0:
-            buckets.append(_on_devices(facts, _read(model, facts.tokens_FT)))
+            buckets.append(_on_devices(facts, _read(read, facts, shapes), batch_size))
             continue
         if jax.process_count() > 1:
             raise UserError("--config.execution.cache_gb: too little for the facts' activations on these devices")
         arrays = facts.start_F, facts.answer_length_F, facts.targets_FA
-        buckets.append(HostFacts(DeviceFacts(_read_to_host(model, facts.tokens_FT), *arrays)))
+        most_tokens = _most_tokens(facts, batch_size)
+        buckets.append(HostFacts(DeviceFacts(_read_to_host(read, facts, shapes), *arrays, most_tokens=most_tokens)))
     return TrainingData(list(examples), buckets)
 
 
-def _on_devices(facts: TokenizedFacts, inputs) -> DeviceFacts:
-    return DeviceFacts(inputs, *map(_put, (facts.start_F, facts.answer_length_F, facts.targets_FA)))
+def input_shapes(config: Config, num_facts: int, tokens: int, answer_tokens: int) -> Any:
+    """The shapes of `of_activations`, for facts of `tokens` tokens, `answer_tokens` of them in the answer."""
+    c = config.backbone
+    shape = functools.partial(jax.ShapeDtypeStruct, dtype=np.float32)
+    if config.memory.positions == "all":
+        return shape((num_facts, tokens, c.embed_dim))
+    context = num_facts, config.memory.num_layers, tokens - answer_tokens, c.num_kv_heads, c.head_dim
+    kept = jax.ShapeDtypeStruct(context, c.dtype)
+    return QuestionAndAnswer(shape((num_facts, answer_tokens, c.embed_dim)), kept, kept)
+
+
+def input_axes(inputs: Any) -> Any:
+    """The names of the axes of what the trained part reads: the columns of the prefix's output are divided too."""
+
+    def names(x):
+        last = "width" if x.ndim == 3 else None
+        return sharding.divisible_axes(("facts", *(None,) * (x.ndim - 2), last)[: x.ndim], x.shape)
+
+    return jax.tree.map(names, inputs)
+
+
+def _read_prefix(model: FrozenModel, tokens_BT, start_B):
+    return frozen_model.read_prefix(model, tokens_BT)
+
+
+def _read_fact(model: FrozenModel, facts: TokenizedFacts, tokens_BT, start_B):
+    question = -(-int(facts.start_F.max()) // 8) * 8
+    return frozen_model.read_fact(model, tokens_BT, start_B, int(facts.answer_length_F.max()), question)
+
+
+def _bytes_per_device(shapes: Any) -> float:
+    def size(x, names):
+        return x.size * x.dtype.itemsize / np.prod([sharding.num_shards(name) for name in names if name])
+
+    return sum(jax.tree.leaves(jax.tree.map(size, shapes, input_axes(shapes))))
+
+
+def _most_tokens(facts: TokenizedFacts, batch_size: int) -> int:
+    rows = sharding.round_up(min(batch_size, len(facts.index_F)), "batch") // sharding.num_shards("batch")
+    return facts.most_tokens(rows)
+
+
+def _on_devices(facts: TokenizedFacts, inputs, batch_size: int) -> DeviceFacts:
+    arrays = map(_put, (facts.start_F, facts.answer_length_F, facts.targets_FA))
+    return DeviceFacts(inputs, *arrays, most_tokens=_most_tokens(facts, batch_size))
 
 
 def _put(table_F: np.ndarray):
@@ -137,22 +191,26 @@ def _put(table_F: np.ndarray):
     return sharding.put(sharding.pad_rows(table_F, "facts"), "facts", *(None,) * (table_F.ndim - 1))
 
 
-def _read(model: FrozenModel, tokens_FT: np.ndarray):
-    """hidden_FTD, computed for a chunk of every shard's facts at a time."""
-    tokens_FT = sharding.pad_rows(tokens_FT, "facts")
-    shape = (*tokens_FT.shape, model.decoder.config.embed_dim)
-    names = sharding.divisible_axes(("facts", None, "width"), shape)
-    hidden_FTD = sharding.zeros(shape, np.float32, names)
-    for start, index_B in sharded_tables.row_chunks(len(tokens_FT), "facts"):
-        hidden_BTD = frozen_model.read_prefix(model, tokens_FT[index_B])
-        hidden_FTD = sharded_tables.write_rows(hidden_FTD, hidden_BTD, np.int32(start), names)
-    return hidden_FTD
+def _batch(facts: TokenizedFacts, index_B) -> tuple[np.ndarray, np.ndarray]:
+    """What is read of some facts; empty ones fill up the last shards."""
+    return tuple(sharding.pad_rows(table_F, "facts")[index_B] for table_F in (facts.tokens_FT, facts.start_F))
 
 
-def _read_to_host(model: FrozenModel, tokens_FT: np.ndarray) -> np.ndarray:
+def _read(read: Callable, facts: TokenizedFacts, shapes: Any):
+    """What the frozen layers compute of the facts, for a chunk of every shard's facts at a time."""
+    rows = sharding.round_up(len(facts.index_F), "facts")
+    names = input_axes(shapes)
+    table = jax.tree.map(lambda x, names: sharding.zeros((rows, *x.shape[1:]), x.dtype, names), shapes, names)
+    for start, index_B in sharded_tables.row_chunks(rows, "facts"):
+        table = sharded_tables.write_rows(table, read(*_batch(facts, index_B)), np.int32(start), names)
+    return table
+
+
+def _read_to_host(read: Callable, facts: TokenizedFacts, shapes: Any):
     """The same, in the host's memory."""
-    tokens_FT, count = sharding.pad_rows(tokens_FT, "facts"), len(tokens_FT)
-    hidden_FTD = np.empty((*tokens_FT.shape, model.decoder.config.embed_dim), np.float32)
-    for _, index_B in sharded_tables.row_chunks(len(tokens_FT), "facts"):
-        hidden_FTD[index_B] = frozen_model.read_prefix(model, tokens_FT[index_B])
-    return hidden_FTD[:count]
+    rows = sharding.round_up(len(facts.index_F), "facts")
+    table = jax.tree.map(lambda x: np.empty((rows, *x.shape[1:]), x.dtype), shapes)
+    for _, index_B in sharded_tables.row_chunks(rows, "facts"):
+        for whole, part in zip(*map(jax.tree.leaves, (table, read(*_batch(facts, index_B)))), strict=True):
+            whole[index_B] = part
+    return jax.tree.map(lambda x: x[: len(facts.index_F)], table)

@@ -52,7 +52,9 @@ class DenseMethod:
         """Facts ready for steps; `multiple` is what the tokens of a bucket are rounded up to."""
         examples = batches.encode(facts, model.tokenizer, multiple)
         tx = optimizers.make(cls.optimizer_of(config), data.num_steps(examples, config.tuning))
-        return cls(config, model, facts, data.of_tokens(examples), tx, *_programs(tx, cls.apply))
+        return cls(
+            config, model, facts, data.of_tokens(examples, config.tuning.batch_size), tx, *_programs(tx, cls.apply)
+        )
 
     @staticmethod
     def optimizer_of(config: Config) -> OptimizerConfig:
@@ -118,7 +120,7 @@ class FullMethod(DenseMethod):
     @staticmethod
     def apply(model: FrozenModel, trained: Any) -> tuple[FrozenModel, dict[str, Adapter]]:
         """The backbone with these weights."""
-        return model.replace(params=trained, fingerprint=""), {}
+        return model.replace(params=trained, fingerprint="", beginning=None), {}
 
     def fresh(self) -> transformer.Params:
         """A copy, because a step donates its state."""

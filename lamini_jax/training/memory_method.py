@@ -70,7 +70,8 @@ class MemoryMethod:
         max_slots = slots.max_slots_per_batch(slots_XK, expert_ids_S.size, config.tuning.batch_size)
         tx = optimizers.make(config.tuning.optimizer, data.num_steps(examples, config.tuning))
         step, losses = programs(shape, config.memory.target, tx, max_slots)
-        read = data.of_activations(model, examples, 1e9 * config.execution.cache_gb)
+        on_answers, budget = config.memory.positions == "answer", 1e9 * config.execution.cache_gb
+        read = data.of_activations(model, examples, config.tuning.batch_size, on_answers, budget)
         method = cls(config, model, facts, read, selection, shape, expert_ids_S, tx, step, losses)
         method.select(selection)
         return method
@@ -188,9 +189,12 @@ def describe(config: Config, tokens: int, answer_tokens: int) -> tuple[Callable,
     optimizer = row_optimizer.Slots(ids_S, jax.tree.map(described, fresh.state, axes))
     per_fact = array((num_facts,), np.int32, "facts")
     ids_FK, gates_FK = (array((num_facts, memory.top_k), dtype, "facts", None) for dtype in (np.int32, np.float32))
-    hidden_FTD = array((num_facts, tokens, config.backbone.embed_dim), np.float32, "facts", None, "width")
+    inputs = data.input_shapes(config, num_facts, tokens, answer_tokens)
+    inputs = jax.tree.map(described, inputs, data.input_axes(inputs))
     targets_FA = array((num_facts, answer_tokens), np.int32, "facts", None)
-    facts = DeviceFacts(hidden_FTD, per_fact, per_fact, targets_FA, FactExperts(ids_FK, gates_FK, ids_FK))
+    selected = FactExperts(ids_FK, gates_FK, ids_FK)
+    most_tokens = batch // sharding.num_shards("batch") * answer_tokens
+    facts = DeviceFacts(inputs, per_fact, per_fact, targets_FA, selected, most_tokens)
     step, _ = programs(shape, memory.target, tx, max_slots)
     return step, MemoryState(experts_NR, optimizer), facts
 

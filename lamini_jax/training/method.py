@@ -53,15 +53,14 @@ class TrainMethod(Protocol):
         """The state that was saved, on the current mesh."""
 
 
-def fact_losses(model: FrozenModel, hidden_BTD, batch: DeviceFacts, suffix_adapter) -> tuple[Losses, jax.Array]:
+def fact_losses(model: FrozenModel, inputs, batch: DeviceFacts, suffix_adapter) -> tuple[Losses, jax.Array]:
     """The losses of each fact, on every device, and the mean over its answer's tokens, which training minimizes.
 
-    `hidden_BTD` is the prefix's output.
+    `inputs` is what `frozen_model.answer_states` takes.
     """
-    arrays = batch.start_F, batch.targets_FA
-    losses_BA, likeliest_BA = frozen_model.token_losses(model, hidden_BTD, *arrays, suffix_adapter)
-    mask_BA = jnp.arange(losses_BA.shape[1])[None] < batch.length_F[:, None]
-    losses_BA = jnp.where(mask_BA, losses_BA, 0.0)
+    hidden_BAD = frozen_model.answer_states(model, inputs, batch.start_F, batch.targets_FA.shape[1], suffix_adapter)
+    arrays = batch.targets_FA, batch.length_F
+    losses_BA, likeliest_BA = frozen_model.token_losses(model, hidden_BAD, *arrays, batch.most_tokens)
     total_B = losses_BA.sum(axis=1)
-    losses = Losses(total_B, losses_BA.max(axis=1), (likeliest_BA | ~mask_BA).all(axis=1))
+    losses = Losses(total_B, losses_BA.max(axis=1), likeliest_BA.all(axis=1))
     return jax.tree.map(sharding.constrain, losses), total_B / jnp.maximum(batch.length_F, 1)

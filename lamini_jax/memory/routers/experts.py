@@ -5,6 +5,8 @@ different questions, so they are whitened with the covariance of a calibration s
 would share almost all their experts. For product keys, a query is two queries, one for each table of half-keys.
 """
 
+import functools
+import hashlib
 import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -18,12 +20,12 @@ import scipy.sparse
 
 from lamini_jax.backbone import frozen_model, transformer
 from lamini_jax.backbone.frozen_model import FrozenModel
-from lamini_jax.config import Config
-from lamini_jax.data import world
+from lamini_jax.config import Config, router_layer
+from lamini_jax.data import calibration, world
 from lamini_jax.errors import UserError
 from lamini_jax.index import LOOKUPS
 from lamini_jax.memory.routers import NO_EXPERT, Arrays, Selection
-from lamini_jax.runtime import sharding
+from lamini_jax.runtime import sharding, user_cache
 
 # How sharply the training objective weighs the nearest neighbours of a query over the others.
 _SHARPNESS = 8.0
@@ -38,22 +40,27 @@ class Router:
     transform_DC: jax.Array  # whitening and projection in one
     keys: jax.Array  # those of the lookup
     num_experts: int = flax.struct.field(pytree_node=False)  # on a mesh there may be more keys than experts
+    layer: int = flax.struct.field(pytree_node=False)
     lookup: str = flax.struct.field(pytree_node=False, default="exact")
     kind: str = flax.struct.field(pytree_node=False, default="experts")
 
 
-def pool(hidden_BTD, length_B):
-    """feature_BD: the mean over each question's tokens of hidden states of unit root mean square."""
-    mask_BT1 = (jnp.arange(hidden_BTD.shape[1])[None] < length_B[:, None])[..., None]
+def pool(hidden_BTD, own_BT):
+    """feature_BD: the mean over each question's own tokens of hidden states of unit root mean square."""
     rms_BT1 = jnp.sqrt(jnp.mean(jnp.square(hidden_BTD), axis=-1, keepdims=True) + 1e-6)
-    return jnp.sum(hidden_BTD / rms_BT1 * mask_BT1, axis=1) / length_B[:, None]
+    own_BT1 = own_BT[..., None]
+    return jnp.sum(hidden_BTD / rms_BT1 * own_BT1, axis=1) / jnp.maximum(own_BT1.sum(axis=1), 1)
 
 
-@jax.jit
-def features(model: FrozenModel, prompt_BT, length_B):
-    """feature_BD of questions."""
-    hidden_BTD, _ = transformer.prefix(model.decoder, model.params, prompt_BT)
-    return sharding.constrain(pool(hidden_BTD, length_B))
+@functools.partial(jax.jit, static_argnames="layer")
+def features(model: FrozenModel, prompt_BT, length_B, layer: int):
+    """feature_BD of questions, from the output of one layer. Tokens of the prompt's format do not count."""
+    own, frame = frozen_model.after_beginning(model, prompt_BT), model.tokenizer.frame
+    context = model.beginning and model.beginning.prefix
+    hidden_BTD = transformer.early(model.decoder, model.params, **own, layers=layer, context=context)
+    positions_BT = own["positions_BT"]
+    own_BT = (positions_BT >= frame.before) & (positions_BT < length_B[:, None] - frame.after)
+    return sharding.constrain(pool(hidden_BTD, own_BT))
 
 
 def query(mean_D, transform_DC, feature_BD, parts: int):
@@ -67,7 +74,7 @@ def query(mean_D, transform_DC, feature_BD, parts: int):
 
 def select(router: Router, model: FrozenModel, prompt_BT, length_B, top_k: int) -> Selection:
     """The experts with the nearest keys. Gates are equal: each of K experts has the weight 1/sqrt(K)."""
-    return select_by_feature(router, features(model, prompt_BT, length_B), top_k)
+    return select_by_feature(router, features(model, prompt_BT, length_B, router.layer), top_k)
 
 
 def select_by_feature(router: Router, feature_BD, top_k: int) -> Selection:
@@ -83,20 +90,34 @@ def select_by_feature(router: Router, feature_BD, top_k: int) -> Selection:
 
 def queries(model: FrozenModel, router: Router, questions: Sequence[str]) -> np.ndarray:
     """query_FC of many questions: what a lookup compares with its keys."""
-    feature_FD, parts = question_features(model, questions), LOOKUPS[router.lookup].QUERY_PARTS
+    feature_FD, parts = question_features(model, questions, router.layer), LOOKUPS[router.lookup].QUERY_PARTS
     return np.asarray(query(router.mean_D, router.transform_DC, feature_FD, parts))
 
 
-def question_features(model: FrozenModel, questions: Sequence[str]) -> np.ndarray:
+def question_features(model: FrozenModel, questions: Sequence[str], layer: int) -> np.ndarray:
     """feature_FD of many questions."""
-    return frozen_model.map_questions(model, questions, lambda *prompts: features(model, *prompts))
+    return frozen_model.map_questions(model, questions, lambda *prompts: features(model, *prompts, layer))
 
 
 def calibration_features(config: Config, model: FrozenModel, questions: Sequence[str]) -> np.ndarray:
-    """features_QD of what a router is trained on: these questions, then those of the generated world."""
-    stream = world.training_stream(config.seed)
-    calibration = [next(stream).question for _ in range(config.router.calibration_questions)]
-    return question_features(model, [*questions, *calibration])
+    """features_QD of what a router is trained on: these questions, then generated ones, which are read once for all."""
+    generated, layer = _calibration_questions(config), router_layer(config)
+
+    def read():
+        return question_features(model, generated, layer)
+
+    tokens = [model.tokenizer.prompt(question) for question in generated]
+    name = hashlib.sha256(repr((model.fingerprint, config.backbone.dtype, layer, tokens)).encode()).hexdigest()
+    kept = user_cache.array(f"calibration/{name}", read) if model.fingerprint else read()
+    return np.concatenate([question_features(model, questions, layer), kept])
+
+
+def _calibration_questions(config: Config) -> list[str]:
+    """Questions of the kind that the backbone reads: the backbone that ships knows only the generated world."""
+    count = config.router.calibration_questions
+    if config.backbone.path:
+        return calibration.questions(count, config.seed)
+    return [qa.question for qa in itertools.islice(world.training_stream(config.seed), count)]
 
 
 def whitening(features_QD: np.ndarray, ridge: float) -> tuple[np.ndarray, np.ndarray]:
@@ -182,7 +203,7 @@ def spec(config: Config) -> Router:
     keys, axes = lookup.spec(config.memory.num_experts, config.router.key_dim)
     mean_D, transform_DC = (described(shape, np.float32, ()) for shape in ((width,), (width, config.router.key_dim)))
     keys = described(keys.shape, keys.dtype, axes)
-    return Router(mean_D, transform_DC, keys, config.memory.num_experts, config.router.lookup)
+    return Router(mean_D, transform_DC, keys, config.memory.num_experts, router_layer(config), config.router.lookup)
 
 
 def _table(config: Config) -> tuple[int, int, int]:
@@ -192,7 +213,7 @@ def _table(config: Config) -> tuple[int, int, int]:
 
 def _router(config: Config, mean_D, transform_DC, keys) -> Router:
     put = sharding.put(mean_D), sharding.put(transform_DC)
-    return Router(*put, keys, config.memory.num_experts, config.router.lookup)
+    return Router(*put, keys, config.memory.num_experts, router_layer(config), config.router.lookup)
 
 
 def selection_stats(expert_ids_FK: np.ndarray, num_experts: int) -> dict[str, float]:
