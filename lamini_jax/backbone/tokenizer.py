@@ -3,8 +3,9 @@
 import dataclasses
 import json
 import shutil
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -12,6 +13,7 @@ from lamini_jax.backbone import chat_template, json_file
 from lamini_jax.backbone.json_file import one_line, shown
 from lamini_jax.errors import UserError
 
+_TOKENIZER, _SETTINGS = "tokenizer.json", "tokenizer_config.json"
 # Files of a checkpoint that belong to its tokenizer, by the beginnings of their names.
 _FILES = ("tokenizer", "chat_template", "generation_config", "special_tokens", "added_tokens", "vocab", "merges")
 
@@ -123,20 +125,25 @@ class ByteTokenizer:
 
 
 class CheckpointTokenizer:
-    """The tokenizer.json of a checkpoint, with its chat template: the question is the user's turn.
+    """The tokenizer of a checkpoint at `source`, with its chat template: the question is the user's turn.
 
-    A `system` message precedes it, unless it is empty. A checkpoint without a chat template, which has not learned to
-    chat, reads the question and a line feed.
+    `library` is the tokenizers library's object, `settings` what tokenizer_config.json says or would say, `stops` ids
+    at which generation stops, besides the end of a turn. A `system` message precedes the question, unless it is empty.
+    A checkpoint without a chat template, which has not learned to chat, reads the question and a line feed.
     """
 
-    def __init__(self, directory: Path, system: str = ""):
-        self._directory = directory
-        self._tokenizer = _load_tokenizer(directory / "tokenizer.json")
-        self._settings = json_file.read(directory / "tokenizer_config.json")
-        self._render = chat_template.load(directory, self._settings, system)
+    def __init__(self, source: Path, library, settings: dict[str, Any], stops: Iterable[int], system: str = ""):
+        self._source, self._tokenizer, self._settings = source, library, settings
+        # Some were saved with truncation and padding for training; questions must be neither cut off nor padded.
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        self._render = chat_template.load(source, settings, system)
         self._specials = [t.content for t in self._tokenizer.get_added_tokens_decoder().values() if t.special]
         self.vocab_size = 1 + max(self._tokenizer.get_vocab().values(), default=-1)
-        self.stop_ids = self._find_stops(directory)
+        found = [self._special("eos_token"), *stops]
+        self.stop_ids = tuple(dict.fromkeys(stop for stop in found if stop is not None))
+        if not self.stop_ids:
+            raise UserError(f"{source / _SETTINGS}: names no eos_token to end an answer with")
         pad = self._special("pad_token")
         self.pad_id = self.stop_ids[0] if pad is None else pad
         self.frame = self._find_frame()
@@ -175,10 +182,19 @@ class CheckpointTokenizer:
         return None
 
     def save(self, directory: Path) -> None:
-        """Copies the files from which it was read."""
-        for path in self._directory.iterdir():
-            if path.name.startswith(_FILES) and path.is_file():
-                shutil.copyfile(path, directory / path.name)
+        """Copies the files from which it was read; of a checkpoint in one file, writes what they would be."""
+        if self._source.is_dir():
+            for path in self._source.iterdir():
+                if path.name.startswith(_FILES) and path.is_file():
+                    shutil.copyfile(path, directory / path.name)
+            return
+        self._tokenizer.save(str(directory / _TOKENIZER))
+        settings = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+        (directory / _SETTINGS).write_text(json.dumps({**settings, **self._settings}, indent=1) + "\n")
+        generation = {"bos_token_id": self._special("bos_token"), "eos_token_id": list(self.stop_ids)}
+        generation = {name: value for name, value in generation.items() if value is not None}
+        text = json.dumps({**generation, "pad_token_id": self.pad_id}, indent=1)
+        (directory / "generation_config.json").write_text(text + "\n")
 
     def _ids(self, text: str, add_special_tokens: bool = True) -> list[int]:
         try:
@@ -191,9 +207,7 @@ class CheckpointTokenizer:
         value = self._settings.get(name)
         token = value.get("content") if isinstance(value, dict) else value
         if not isinstance(token, str | None):
-            raise UserError(
-                f"{self._directory / 'tokenizer_config.json'}: {name} {shown(json.dumps(value))} is not a text"
-            )
+            raise UserError(f"{self._source / _SETTINGS}: {name} {shown(json.dumps(value))} is not a text")
         return None if token is None else self._tokenizer.token_to_id(token)
 
     def _find_frame(self) -> Frame:
@@ -205,28 +219,14 @@ class CheckpointTokenizer:
         beginning = prompts[0][: max(ends, default=0)]
         return Frame(tuple(beginning) if len(beginning) >= _WORTH_SHARING else (), before, after)
 
-    def _find_stops(self, directory: Path) -> tuple[int, ...]:
-        """The token that ends a turn, then all others at which generation stops."""
-        stops = [self._special("eos_token")]
-        for name in ("generation_config.json", "config.json"):
-            path = directory / name
-            ids = json_file.read(path).get("eos_token_id") if path.exists() else None
-            for stop in ids if isinstance(ids, list) else [ids]:
-                if stop is not None and (type(stop) is not int or stop < 0):
-                    raise UserError(f"{path}: eos_token_id {shown(json.dumps(stop))} is not a token id")
-                stops.append(stop)
-        stop_ids = tuple(dict.fromkeys(stop for stop in stops if stop is not None))
-        if not stop_ids:
-            raise UserError(f"{directory / 'tokenizer_config.json'}: names no eos_token to end an answer with")
-        return stop_ids
-
 
 def load(directory: Path, vocab_size: int, system: str = "") -> CheckpointTokenizer:
     """The tokenizer of a checkpoint. Raises UserError if it is missing, damaged or larger than the vocabulary."""
-    tokenizer = CheckpointTokenizer(directory, system)
+    library, settings = _load_library(directory / _TOKENIZER), json_file.read(directory / _SETTINGS)
+    tokenizer = CheckpointTokenizer(directory, library, settings, _stops(directory), system)
     vocabulary = f"and the backbone's vocabulary is {vocab_size} tokens"
     if tokenizer.vocab_size > vocab_size:
-        raise UserError(f"{directory / 'tokenizer.json'}: has the token id {tokenizer.vocab_size - 1}, {vocabulary}")
+        raise UserError(f"{directory / _TOKENIZER}: has the token id {tokenizer.vocab_size - 1}, {vocabulary}")
     if tokenizer.stop_ids[0] >= vocab_size:
         raise UserError(f"{directory}: eos_token_id {tokenizer.stop_ids[0]} ends an answer, {vocabulary}")
     return tokenizer
@@ -238,13 +238,25 @@ def _common(sequences: list[list[int]]) -> int:
     return next((i for i in range(shortest) if len({tokens[i] for tokens in sequences}) > 1), shortest)
 
 
+def _stops(directory: Path) -> Iterator[int]:
+    """The tokens at which generation stops, as the files beside a tokenizer say."""
+    for name in ("generation_config.json", "config.json"):
+        path = directory / name
+        ids = json_file.read(path).get("eos_token_id") if path.exists() else None
+        for stop in ids if isinstance(ids, list) else [ids]:
+            if stop is not None and (type(stop) is not int or stop < 0):
+                raise UserError(f"{path}: eos_token_id {shown(json.dumps(stop))} is not a token id")
+            if stop is not None:
+                yield stop
+
+
 def _before_stop(ids, stop_ids: tuple[int, ...]) -> list[int]:
     ids = np.asarray(ids)
     stops = np.flatnonzero(np.isin(ids, stop_ids))
     return ids[: stops[0] if stops.size else ids.size].tolist()
 
 
-def _load_tokenizer(path: Path):
+def _load_library(path: Path):
     try:
         from tokenizers import Tokenizer
     except ImportError:
@@ -252,10 +264,6 @@ def _load_tokenizer(path: Path):
     if not path.is_file():
         raise UserError(f"{path}: no such file; a checkpoint needs the fast tokenizer that this file holds")
     try:
-        tokenizer = Tokenizer.from_file(str(path))
+        return Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises nothing more special
         raise UserError(f"{path}: is not a tokenizer ({one_line(error)})") from None
-    # Some were saved with truncation and padding for training; questions must be neither cut off nor padded.
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
-    return tokenizer

@@ -40,7 +40,7 @@ def read(path: Path) -> tuple[dict[str, Any], int | None]:
     Raises UserError for what is missing, of a wrong type or not understood.
     """
     values = json_file.read(path)
-    return _fields(path, values), values.get("max_position_embeddings")
+    return fields(path, values), values.get("max_position_embeddings")
 
 
 def write(path: Path, config: BackboneConfig, **others: Any) -> None:
@@ -66,13 +66,27 @@ def write(path: Path, config: BackboneConfig, **others: Any) -> None:
         **family.extra_values(c),
         **others,
     }
-    for name, value in _fields(path, values).items():
+    for name, value in fields(path, values).items():
         if getattr(c, name) != value:
             raise UserError(f"--config.backbone.{name}={getattr(c, name)}: a {c.family} checkpoint has {value}")
     path.write_text(json.dumps(values, indent=1) + "\n")
 
 
-def _fields(path: Path, values: Mapping[str, Any]) -> dict[str, Any]:
+def fill_in(asked: BackboneConfig, path: Path, found: Mapping[str, Any], longest: int | None) -> BackboneConfig:
+    """The config with the fields found at `path`. Raises UserError for one that was set to something else, and for a
+    `max_seq_len` above the longest sequence that is allowed.
+    """
+    for field in dataclasses.fields(asked):
+        wanted = getattr(asked, field.name)
+        if field.name in found and wanted not in (field.default, found[field.name]):
+            raise UserError(f"--config.backbone.{field.name}={wanted}: {path} says {found[field.name]}")
+    if longest is not None and asked.max_seq_len > longest:
+        raise UserError(f"--config.backbone.max_seq_len={asked.max_seq_len}: {path} allows {longest}")
+    return dataclasses.replace(asked, **found)
+
+
+def fields(path: Path, values: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of BackboneConfig that the values of a config.json decide. Raises UserError as `read` does."""
     name = values.get("model_type")
     if name not in FAMILIES.names():
         known = ", ".join(FAMILIES.names())

@@ -12,6 +12,8 @@ from lamini_jax.backbone import transformer
 from lamini_jax.config import BackboneConfig
 from lamini_jax.runtime import sharded_tables, sharding
 
+_ROWS_AT_ONCE = 1024  # that are compared at once
+
 Index = tuple[slice, ...]
 ReadPart = Callable[[Index], np.ndarray]  # a part of one tensor
 # From the name of a parameter ("q_proj/weight"), the number of its layer (None: it is in no layer) and its shape there.
@@ -57,6 +59,15 @@ def load(config: BackboneConfig, shapes: Any, open_tensor: OpenTensor) -> transf
             gc.collect(0)  # jax frees the host's memory behind an array when it is next called, or here
         params[path] = stack
     return unflatten_dict(params)
+
+
+def are_equal(first: Any, second: Any) -> bool:
+    """Whether two tensors have the same values, whatever their formats; read in slices until they differ."""
+    if first.shape != second.shape or not first.shape:
+        return False
+    count = first.shape[0]
+    parts = (slice(start, min(start + _ROWS_AT_ONCE, count)) for start in range(0, count, _ROWS_AT_ONCE))
+    return all(np.array_equal(first[part], second[part]) for part in parts)
 
 
 def _place(config: BackboneConfig, path: tuple[str, ...], leaf: Any) -> tuple[str, int | None]:

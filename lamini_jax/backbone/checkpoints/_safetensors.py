@@ -46,7 +46,7 @@ class Tensor:
         if self.dtype not in DTYPES:
             raise UserError(f"{self.file}: tensor {shown(self.name)} is {self.dtype}; expected {', '.join(DTYPES)}")
         part = self._slice[index]
-        if not _is_finite(part, self.dtype):
+        if not is_finite(part, self.dtype):
             why = "as float32; these weights are damaged, or overflowed in training"
             raise UserError(f"{self.file}: tensor {shown(self.name)} holds NaN or infinity {why}")
         return part
@@ -157,7 +157,7 @@ def _why_none(directory: Path) -> str:
     return f"{directory / SINGLE}: no such file, and no shards of it{found}"
 
 
-def _is_finite(part: np.ndarray, dtype: str) -> bool:
+def is_finite(part: np.ndarray, dtype: str) -> bool:
     """Whether all numbers are finite, in float32 too, which sums are computed in."""
     if dtype == "F64":
         with np.errstate(over="ignore"):

@@ -12,14 +12,12 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from absl import logging
 from safetensors.numpy import save_file
 
 from lamini_jax.backbone import tokenizer, transformer
 from lamini_jax.backbone.checkpoints import _config_json, _fingerprint, _loading, _names, _safetensors
 from lamini_jax.backbone.checkpoints._names import EMBEDDING, HEAD
-from lamini_jax.backbone.checkpoints._safetensors import Tensor
 from lamini_jax.backbone.json_file import one_line, shown
 from lamini_jax.backbone.tokenizer import CheckpointTokenizer
 from lamini_jax.backbone.transformer import Params
@@ -30,7 +28,6 @@ from lamini_jax.errors import UserError
 _FILES = ("*.json", "*.jinja", "model*.safetensors")
 # Files of a checkpoint other than its weights and its tokenizer, by the beginnings of their names.
 _PAPERS = ("config.json", "LICENSE", "NOTICE", "USE_POLICY")
-_ROWS_AT_ONCE = 1024
 
 
 def recognizes(path: str) -> bool:
@@ -47,14 +44,9 @@ def resolve(asked: BackboneConfig) -> BackboneConfig:
     path = directory / "config.json"
     fields, longest = _config_json.read(path)
     fields["tied_embeddings"] = _is_tied(directory, fields["tied_embeddings"])
-    for field in dataclasses.fields(asked):
-        wanted = getattr(asked, field.name)
-        if field.name in fields and wanted not in (field.default, fields[field.name]):
-            raise UserError(f"--config.backbone.{field.name}={wanted}: {path} says {fields[field.name]}")
-    if longest is not None and asked.max_seq_len > longest:
-        raise UserError(f"--config.backbone.max_seq_len={asked.max_seq_len}: {path} allows {longest}")
+    config = _config_json.fill_in(asked, path, fields, longest)
     local = _local(asked.path)
-    return dataclasses.replace(asked, **fields, path=asked.path if local is None else str(local))
+    return config if local is None else dataclasses.replace(config, path=str(local))
 
 
 def load_split(decoder: transformer.Decoder) -> Params:
@@ -179,19 +171,10 @@ def _is_tied(directory: Path, flag: bool) -> bool:
     tensors = _safetensors.open_tensors(_safetensors.find(directory))
     if HEAD not in tensors or EMBEDDING not in tensors:
         return flag
-    same = _are_equal(tensors[HEAD], tensors[EMBEDDING])
+    same = _loading.are_equal(tensors[HEAD], tensors[EMBEDDING])
     if flag and not same:
         _warn_of_own_head(directory)
     return same
-
-
-def _are_equal(first: Tensor, second: Tensor) -> bool:
-    """Whether two tensors have the same values, whatever their formats; read until they differ."""
-    if first.shape != second.shape or not first.shape:
-        return False
-    count = first.shape[0]
-    parts = (slice(start, min(start + _ROWS_AT_ONCE, count)) for start in range(0, count, _ROWS_AT_ONCE))
-    return all(np.array_equal(first[part], second[part]) for part in parts)
 
 
 @functools.cache
