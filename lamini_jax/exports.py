@@ -1,22 +1,28 @@
 """What `export` writes: a memory, one question's experts as an ordinary LoRA adapter, or a backbone."""
 
 import contextlib
+import dataclasses
 import json
 import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import save_file
 
-from lamini_jax.api import Source
-from lamini_jax.backbone import checkpoints, transformer
-from lamini_jax.backbone.decoding import Adapters
-from lamini_jax.config import Config
+from lamini_jax.api import Memory, Source
+from lamini_jax.backbone import answering, checkpoints, transformer
+from lamini_jax.backbone.frozen_model import Adapters
+from lamini_jax.backbone.transformer import Adapter
+from lamini_jax.config import Config, certified_loss
 from lamini_jax.data import batches, facts
-from lamini_jax.errors import UserError
-from lamini_jax.memory import routers, storage
+from lamini_jax.errors import FACTS_DO_NOT_HOLD, UserError
+from lamini_jax.memory import experts, routers, storage
+from lamini_jax.memory.routers import FactSelection
+from lamini_jax.training import MemoryMethod, loop
 
 _BASE = "base"  # the folder of an adapter with the backbone that ships
 _VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
@@ -53,8 +59,12 @@ def peft(source: Source, question: str, output: str) -> str:
     tokenizer = checkpoints.load_tokenizer(config.backbone)
     facts.check_question(question, tokenizer, config.backbone.max_seq_len, "--question")
     with _new_directory(output) as directory:
+        loaded = source.load()
         (bucket,) = batches.prompts([question], tokenizer)
-        adapters = source.load().adapter_fn(bucket.tokens_FT, bucket.length_F)
+        adapters, tuned = loaded.adapter_fn(bucket.tokens_FT, bucket.length_F), ""
+        if adapters.answer is not None:
+            adapters, epochs = _on_all_positions(loaded, question, adapters.answer)
+            tuned = f"; it acts on all tokens and not on the answer's alone, and was certified so after {epochs} epochs"
         base = config.backbone.path
         if not base:  # the backbone that ships: other libraries cannot find it, so it is written too
             base = os.path.abspath(Path(output) / _BASE)
@@ -62,7 +72,40 @@ def peft(source: Source, question: str, output: str) -> str:
             checkpoints.export(config.backbone, directory / _BASE)
         save_peft(directory, config, adapters, base)
         rank = _vllm_rank(config.memory.top_k)
-        return f"{config.memory.top_k} experts as a LoRA adapter (for vLLM: --max-lora-rank {rank})"
+        return f"{config.memory.top_k} experts as a LoRA adapter (for vLLM: --max-lora-rank {rank}){tuned}"
+
+
+class _OneQuestion(MemoryMethod):
+    """Memory tuning of one fact whose experts are the only ones, so that no router selects them."""
+
+    def adapter(self, state):
+        """The model and the adapter that answer the question with this state."""
+        rows_1KR = jax.tree.map(lambda x: x[None], state.experts_NR)
+        adapter = experts.adapter(rows_1KR, self.selection.gates_FK, self.config.memory.target)
+        return self.model, answering.same_for_all(suffix=adapter)
+
+
+def _on_all_positions(loaded: Memory, question: str, adapter: Adapter) -> tuple[Adapters, int]:
+    """The experts of a question, tuned until its answer is certified and recalled with them on all of its tokens.
+
+    They start as they are in a memory that acts on answers alone; returned with the epochs that it took. Raises
+    UserError if the budget of epochs is too short.
+    """
+    answer, k = loaded.ask(question).text, loaded.config.memory.top_k
+    memory = dataclasses.replace(loaded.config.memory, num_experts=k, positions="all")
+    config, fact = dataclasses.replace(loaded.config, memory=memory), facts.Fact("", question, answer)
+    # The gates are in the adapter already.
+    selection = FactSelection(None, np.arange(k, dtype=np.int32)[None], np.ones((1, k), np.float32))
+    method = _OneQuestion.create(config, loaded.model, [fact], selection)
+    state = method.init()
+    for name, part_M1KR in adapter[memory.target]._asdict().items():
+        old = state.experts_NR[name]
+        state.experts_NR[name] = jax.device_put(jnp.swapaxes(part_M1KR[:, 0], 0, 1).astype(old.dtype), old.sharding)
+    *_, (state, progress) = loop.epochs(method, state, loop.new_progress(1), until_all_hold=True)
+    if not progress.worst_F[0] < certified_loss(config.backbone.dtype):
+        message = f"{question!r}: its answer does not hold with the experts on the question's tokens too"
+        raise UserError(f"{message}, after {progress.epoch} epochs", FACTS_DO_NOT_HOLD)
+    return method.adapter(state)[1](None, None), progress.epoch
 
 
 def backbone(config: Config, output: str) -> str:
