@@ -21,6 +21,7 @@ from collections.abc import Iterator
 from lamini_jax.config import DataConfig
 from lamini_jax.data.facts import Fact, fact_id, random_answer_to
 from lamini_jax.errors import UserError
+from lamini_jax.runtime import user_cache
 from lamini_jax.runtime.registry import Registry
 
 DATASETS = Registry("lamini_jax.data.datasets", "data.facts")
@@ -74,7 +75,7 @@ def digest(content: bytes) -> str:
 
 def data_home() -> pathlib.Path:
     """Where data sets and downloads are kept."""
-    return pathlib.Path(os.environ.get("LAMINI_JAX_DATA") or "~/.cache/lamini_jax").expanduser()
+    return pathlib.Path(os.environ.get("LAMINI_JAX_DATA") or user_cache.default()).expanduser()
 
 
 def _prepared_pairs(config: DataConfig, seed: int) -> Iterator[tuple[str, str]]:
