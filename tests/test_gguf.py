@@ -18,8 +18,8 @@ from safetensors.numpy import load_file, save_file
 from lamini_jax import exports
 from lamini_jax.backbone import checkpoints as formats
 from lamini_jax.backbone import transformer
-from lamini_jax.backbone.checkpoints import huggingface, load_whole
 from lamini_jax.backbone.checkpoints import gguf as gguf_format
+from lamini_jax.backbone.checkpoints import huggingface, load_whole
 from lamini_jax.config import BackboneConfig, Config
 
 SAME = ("llama1", "llama_renamed", "qwen2_renamed")  # presets that say what others do in other words

@@ -135,10 +135,10 @@ def _llama3(tensor: Tensor, head_dim: int, theta: float) -> dict[str, Any] | Non
         raise UserError(f"{where} is {tensor.dtype} of shape {list(tensor.shape)}; expected [{head_dim // 2}], in F32")
     divisors_F = tensor[:].astype(np.float64)
     factor = float(divisors_F.max())
-    if (divisors_F == 1).all():
-        return None
-    if divisors_F.min() > 0 and (divisors_F == factor).all():
-        return {"rope_type": "linear", "factor": factor}
+    if divisors_F.min() <= 0:
+        raise UserError(f"{where} holds {divisors_F.min()}, by which no frequency can be divided")
+    if (divisors_F == factor).all():
+        return None if factor == 1 else {"rope_type": "linear", "factor": factor}
     turns_F = theta ** (-2 * np.arange(head_dim // 2) / head_dim) / (2 * np.pi)  # of a frequency, per token
     for context in _CONTEXTS:
         kept_F = np.clip((context * turns_F - _LOW) / (_HIGH - _LOW), 0, 1)
