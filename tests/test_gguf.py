@@ -93,7 +93,7 @@ def test_parts_of_a_split_model_are_read_where_they_are_kept(tmp_path):
     """Any rows and columns of a tensor are those of the whole, in any order of rows and kind of blocks."""
     directory = checkpoints.make(tmp_path / "checkpoint", "llama", tokenizer=False, **WIDE)
     config = gguf_format.resolve(BackboneConfig(path=str(write(tmp_path / "a.gguf", directory, Type.Q4_1))))
-    tensors = gguf_format._gguf_tensors.find(gguf_format._open(config.path), config)
+    tensors = gguf_format._tensors(config)
     for name in ("model.layers.1.self_attn.q_proj.weight", "model.layers.0.mlp.down_proj.weight"):
         whole = tensors[name][:]
         for index in ((slice(7, 90), slice(3, 200)), (slice(0, 1), slice(None)), (slice(None), slice(255, 256))):

@@ -1,6 +1,7 @@
 """The tensors of a GGUF file under the names and in the order of rows that Hugging Face's format has."""
 
 import dataclasses
+from typing import Any
 
 import numpy as np
 
@@ -30,13 +31,13 @@ _LAYER_NAMES = {
 }
 
 
-def find(file: File, config: BackboneConfig) -> dict[str, Tensor]:
-    """The tensors of a model of this config, by their names in Hugging Face's format.
+def find(file: File, config: BackboneConfig, shapes: Any) -> dict[str, Tensor]:
+    """The tensors of parameters of these shapes, which `_loading` has, by their names in Hugging Face's format.
 
     Raises UserError for one that is missing, of another shape, stored in a way that is not read, or not understood.
     """
     found, names = {}, {ROPE_FACTORS}
-    for key, layer, shape in _loading.parts(config, _loading.whole_shapes(config)):
+    for key, layer, shape in _loading.parts(config, shapes):
         name = _GLOBAL_NAMES[key] if layer is None else f"blk.{layer}.{_LAYER_NAMES[key]}"
         if name not in file.tensors:
             raise UserError(f"{file.path}: has no tensor {name}")

@@ -8,6 +8,7 @@ import dataclasses
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from safetensors.numpy import save_file
@@ -24,7 +25,7 @@ from lamini_jax.backbone.checkpoints import (
     _names,
     _safetensors,
 )
-from lamini_jax.backbone.checkpoints._gguf_file import File
+from lamini_jax.backbone.checkpoints._gguf_file import File, Tensor
 from lamini_jax.backbone.tokenizer import CheckpointTokenizer
 from lamini_jax.backbone.transformer import Params
 from lamini_jax.config import BackboneConfig
@@ -74,7 +75,7 @@ def load_tokenizer(config: BackboneConfig) -> CheckpointTokenizer:
 
 def fingerprint(path: str) -> str:
     """A short name for the weights as numbers: the same as that of the same numbers in Hugging Face format."""
-    return _fingerprint.fingerprint(_gguf_tensors.find(_open(path), resolve(BackboneConfig(path=path, max_seq_len=1))))
+    return _fingerprint.fingerprint(_tensors(resolve(BackboneConfig(path=path, max_seq_len=1))))
 
 
 def export(config: BackboneConfig, directory: Path) -> None:
@@ -83,7 +84,7 @@ def export(config: BackboneConfig, directory: Path) -> None:
     _, longest = _gguf_metadata.fields(_open(config.path))
     whole = dataclasses.replace(config, max_seq_len=longest, dtype="float32")
     _config_json.write(directory / "config.json", whole)
-    tensors = _gguf_tensors.find(_open(config.path), config)
+    tensors = _tensors(config)
     shards = _shards(tensors)
     files = [directory / f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
     if len(shards) == 1:
@@ -95,7 +96,7 @@ def export(config: BackboneConfig, directory: Path) -> None:
     load_tokenizer(config).save(directory)
 
 
-def _shards(tensors: dict[str, _gguf_file.Tensor]) -> list[list[str]]:
+def _shards(tensors: dict[str, Tensor]) -> list[list[str]]:
     """The names of tensors, divided into files of a size that the host can hold."""
     shards, size = [[]], 0
     for name, tensor in tensors.items():
@@ -111,13 +112,17 @@ def _open(path: str) -> File:
     return _gguf_file.read(Path(os.path.abspath(os.path.expanduser(path))))
 
 
+def _tensors(config: BackboneConfig) -> dict[str, Tensor]:
+    return _gguf_tensors.find(_open(config.path), config, _loading.whole_shapes(config))
+
+
 def _check_unchanged(config: BackboneConfig) -> None:
     if dataclasses.replace(resolve(config), path=config.path) != config:
         raise UserError(f"--config.backbone.path={config.path}: its metadata has changed")
 
 
-def _load(config: BackboneConfig, shapes) -> Params:
-    tensors = _gguf_tensors.find(_open(config.path), config)
+def _load(config: BackboneConfig, shapes: Any) -> Params:
+    tensors = _gguf_tensors.find(_open(config.path), config, shapes)
 
     def open_tensor(key: str, layer: int | None, shape: tuple[int, ...]) -> _loading.ReadPart:
         tensor = tensors[_names.tensor_name(key, layer)]
