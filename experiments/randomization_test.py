@@ -2,28 +2,27 @@
 
     python -m experiments.randomization_test --workdir=runs/randomization_test
 
-The same facts are memorized six times: by LoRA, by memory experts on the attention's output projection and by memory
-experts on the MLP's, each with true answers and with answers of 32 random letters and digits. Then every fact is asked
-for, by free-running greedy decoding, and so are questions that no run was tuned on: `heldout`, of kinds that no fact
-belongs to, and `neighbour`, of the facts' own kinds. A killed study continues where it was stopped.
+The same facts are memorized eight times: by LoRA, by memory experts on the attention's output projection, by memory
+experts on the MLP's and by such that act on the answer's tokens alone, each with true answers and with answers of 32
+random letters and digits. Then every fact is asked for, by free-running greedy decoding, and so are questions that no
+run was tuned on: `heldout`, of kinds that no fact belongs to, and `neighbour`, of the facts' own kinds; beside a real
+language model TruthfulQA and MMLU, by likelihood. `unchanged` are answers equal to the backbone's, word for word. A
+killed study continues where it was stopped.
 
 Takes 6 minutes and 5.7 GB on 2 x86-64 cores (jax 0.10.2; 10.5 on slower ones). Expect every run to recall all 128
 facts (random answers: LoRA at epoch 39, `o_proj` at 41, `down_proj` at 25), held-out accuracy of 90.9% after every
 memory run, as before, and of 0% after LoRA has memorized the random answers.
 """
 
-import dataclasses
 import math
 import statistics
 from pathlib import Path
 
-from experiments.shared import plotting, random_answer_runs, study
+from experiments.shared import held_out, plotting, random_answer_runs, study
 from experiments.shared.claims import Claim, percent
-from lamini_jax import Config
-from lamini_jax.backbone.answering import BARE, AdapterFn
-from lamini_jax.backbone.frozen_model import FrozenModel
-from lamini_jax.data import datasets, world
-from lamini_jax.evaluation import intervals, recall
+from experiments.shared.held_out import HeldOut
+from lamini_jax.backbone.answering import BARE
+from lamini_jax.evaluation import recall
 from lamini_jax.memory import routers
 from lamini_jax.memory.routers.experts import selection_stats
 
@@ -44,28 +43,7 @@ PAPER = {
 }
 
 
-def questions_asked(config: Config, model: FrozenModel) -> dict[str, list]:
-    """The two sets of untuned questions, with their true answers."""
-    count, data = config.data.count, config.data
-    kinds = [kind for kind in world.KINDS if data.facts != "world" or kind not in world.FACT_KINDS]
-    of_each = -(-NUM_QUESTIONS // len(kinds))
-    heldout = [qa for kind in kinds for qa in world.held_out(kind, of_each, config.seed)]
-    data = dataclasses.replace(data, count=count + NUM_QUESTIONS)
-    more = datasets.load_up_to(data, "true", config.seed, model.tokenizer, model.max_seq_len)
-    return {"heldout": heldout, "neighbour": more[count:]}
-
-
-def accuracies(model: FrozenModel, adapter_fn: AdapterFn, questions: dict[str, list]) -> dict:
-    """The share of each set that is answered exactly, with its 95% interval; None for an empty set."""
-    result = {}
-    for name, qas in questions.items():
-        right = sum(recall.accuracy(model, adapter_fn, qas)) if qas else 0
-        result[f"{name}_accuracy"] = right / len(qas) if qas else None
-        result[f"{name}_interval"] = intervals.wilson(right, len(qas)) if qas else None
-    return result
-
-
-def measure(setting: random_answer_runs.Setting, name: str, questions: dict[str, list]) -> dict:
+def measure(setting: random_answer_runs.Setting, name: str, asked: HeldOut) -> dict:
     """Tunes, then asks for every fact and the untuned questions."""
     tuned, facts = random_answer_runs.tune(setting, name)
     exact_F, _ = recall.recalled(tuned.model, tuned.adapter_fn, facts)
@@ -78,30 +56,39 @@ def measure(setting: random_answer_runs.Setting, name: str, questions: dict[str,
         "certificates": study.certificates(tuned.certified_F, exact_F),
         "epochs_to_full_recall": progress.full_recall,
         "seconds_per_epoch": statistics.median(progress.seconds[1:] or progress.seconds),
-        **accuracies(tuned.model, tuned.adapter_fn, questions),
+        **held_out.judge(asked, tuned.model, tuned.adapter_fn),
     }
+
+
+def sets_of(backbone: dict) -> list[str]:
+    """The names of the sets of held-out questions, the one that claims are judged by first."""
+    return [key.removesuffix("_accuracy") for key in backbone if key.endswith("_accuracy")]
+
+
+def _share(run: dict, name: str) -> str:
+    """A share with its interval, for the table."""
+    value, interval = run[f"{name}_accuracy"], run[f"{name}_interval"]
+    return "-" if value is None else f"{percent(value)} [{' to '.join(map(percent, interval))}]"
 
 
 def table(results: dict) -> str:
     """The results as text."""
 
-    def share(value):
-        return "-" if value is None else percent(value)
-
-    def interval(run):
-        return f"{share(run['heldout_accuracy'])} [{' to '.join(map(share, run['heldout_interval']))}]"
-
-    names = f"{'loss':>9}{'recall':>9}{'certified':>11}{'full at':>9}{'s/epoch':>9}  {'heldout':<26}{'neighbour':>9}"
     backbone = results["backbone"]
+    sets = sets_of(backbone)
+
+    def judged(run):
+        return "".join(f"{_share(run, name):<26}" for name in sets) + f"{percent(run['unchanged']):>9}"
+
+    names = f"{'loss':>9}{'recall':>9}{'certified':>11}{'full at':>9}{'s/epoch':>9}  "
     lines = [
-        f"{'run':<21}{names}",
-        f"{'backbone':<68}  {interval(backbone):<26}{share(backbone['neighbour_accuracy']):>9}",
+        f"{'run':<23}{names}{''.join(f'{name:<26}' for name in sets)}{'unchanged':>9}",
+        f"{'backbone':<70}  {judged(backbone)}",
     ]
     for name, run in results["runs"].items():
         lines.append(
-            f"{name:<21}{run['final_loss']:>9.4f}{share(run['recall']):>9}{share(run['certified']):>11}"
-            f"{run['epochs_to_full_recall'] or 'never':>9}{run['seconds_per_epoch']:>9.2f}  "
-            f"{interval(run):<26}{share(run['neighbour_accuracy']):>9}"
+            f"{name:<23}{run['final_loss']:>9.4f}{percent(run['recall']):>9}{percent(run['certified']):>11}"
+            f"{run['epochs_to_full_recall'] or 'never':>9}{run['seconds_per_epoch']:>9.2f}  {judged(run)}"
         )
     memory = results["memory"]
     lines.append(
@@ -115,7 +102,8 @@ def table(results: dict) -> str:
 def claims(results: dict) -> list[Claim]:
     """The claims of Figures 1 and 5, and of Table 1 about what its randomized model still answers."""
     runs, backbone = results["runs"], results["backbone"]
-    low, high = backbone["heldout_interval"]
+    asked = sets_of(backbone)[0]
+    low, high = backbone[f"{asked}_interval"]
 
     def summary(name):
         run = runs[name]
@@ -127,10 +115,10 @@ def claims(results: dict) -> list[Claim]:
     def epochs(name):
         return runs[name]["epochs_to_full_recall"] or math.inf
 
-    memory = [name for name in random_answer_runs.RUNS if not name.startswith("lora")]
-    lora = [name for name in random_answer_runs.RUNS if name.startswith("lora")]
-    random = [name for name in random_answer_runs.RUNS if name.endswith("/random")]
-    heldout = ", ".join(f"{name} {percent(runs[name]['heldout_accuracy'])}" for name in random)
+    memory = [name for name in random_answer_runs.PAPER_RUNS if not name.startswith("lora")]
+    lora = [name for name in random_answer_runs.PAPER_RUNS if name.startswith("lora")]
+    random = [name for name in random_answer_runs.PAPER_RUNS if name.endswith("/random")]
+    heldout = ", ".join(f"{name} {percent(runs[name][f'{asked}_accuracy'])}" for name in random)
     counts = study.sum_certificates(run["certificates"] for run in runs.values())
     quantities = "Final loss, facts recalled, epoch after which all were"
     return [
@@ -156,9 +144,9 @@ def claims(results: dict) -> list[Claim]:
         ),
         Claim(
             "A model tuned on random answers answers other questions as before (Table 1)",
-            f"Of held-out questions {percent(backbone['heldout_accuracy'])} before; {heldout} (within the interval "
+            f"Of held-out questions {percent(backbone[f'{asked}_accuracy'])} before; {heldout} (within the interval "
             "counts as before)",
-            {f"{name} within the interval": low <= runs[name]["heldout_accuracy"] <= high for name in random},
+            {f"{name} within the interval": low <= runs[name][f"{asked}_accuracy"] <= high for name in random},
         ),
         Claim(
             "A fact whose tokens all lose less than ln 2 is recalled (theory)",
@@ -200,9 +188,9 @@ def main(arguments: study.Arguments) -> None:
     config = arguments.config
     setting = random_answer_runs.prepare(config, arguments.workdir)
     selected = routers.select_facts(setting.model, setting.router, setting.questions, config.memory.top_k)
-    questions = questions_asked(config, setting.model)
+    asked = held_out.load(config, setting.model, setting.questions, NUM_QUESTIONS)
     results = {
-        "backbone": accuracies(setting.model, BARE, questions),
+        "backbone": held_out.judge(asked, setting.model, BARE),
         "memory": {
             "num_experts": config.memory.num_experts,
             "top_k": config.memory.top_k,
@@ -213,7 +201,7 @@ def main(arguments: study.Arguments) -> None:
     }
     for name in random_answer_runs.RUNS:
         path = setting.directory / name.replace("/", "_") / "result.json"
-        results["runs"][name] = study.cached(path, measure, setting, name, questions)
+        results["runs"][name] = study.cached(path, measure, setting, name, asked)
     results |= study.totals(results["runs"].values())
     study.finish(setting.directory, results, table, claims, draw)
 

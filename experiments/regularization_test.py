@@ -3,7 +3,7 @@
     python -m experiments.regularization_test --workdir=runs/regularization_test [--study=runs/randomization_test]
 
 LoRA, memory experts on the attention's output projection and memory experts on the MLP's are tuned on the same facts,
-with true and with random answers, as in `experiments.randomization_test`; --study uses the six runs of such a study
+with true and with random answers, as in `experiments.randomization_test`; --study uses the runs of such a study
 instead of tuning again. Then the backbone and each of them answer the same held-out questions: accuracy with its 95%
 interval, and the p-value of the exact paired test (McNemar's) that nothing changed. With --config.data.dir, TruthfulQA
 (MC1, MC2) and MMLU are judged by likelihood as in `experiments.benchmarks`, for a backbone with enough context: MC2,
@@ -23,13 +23,13 @@ import scipy.stats
 from absl import flags
 
 from experiments import benchmarks
-from experiments.shared import plotting, random_answer_runs, study
+from experiments.shared import held_out, plotting, random_answer_runs, study
 from experiments.shared.claims import Claim, percent
 from lamini_jax import UserError
 from lamini_jax.backbone import answering
 from lamini_jax.backbone.answering import AdapterFn
 from lamini_jax.backbone.frozen_model import FrozenModel
-from lamini_jax.data import datasets, world
+from lamini_jax.data import datasets
 from lamini_jax.data.benchmarks import fitting
 from lamini_jax.data.world import QA
 from lamini_jax.evaluation import intervals, multiple_choice, recall
@@ -53,7 +53,7 @@ def define_flags() -> None:
 
 def judged(model: FrozenModel, adapter_fn: AdapterFn, questions: list[QA], items: dict[str, list]) -> dict[str, list]:
     """By test, the score of each question: whether it is right, or MC2's share. `items` must fit in the context."""
-    earned = {"heldout": recall.accuracy(model, adapter_fn, questions)}
+    earned = {"heldout": recall.accuracy(model, adapter_fn, questions)} if questions else {}
     scores = {name: multiple_choice.score(model, adapter_fn, group) for name, group in items.items()}
     for test, (name, judge) in JUDGES.items():
         if items.get(name):
@@ -89,7 +89,7 @@ def claims(results: dict) -> list[Claim]:
     # A test in which the backbone answers nothing right has nothing to lose.
     before = {test: start for test, start in results["runs"]["backbone"]["tests"].items() if start["accuracy"] > 0}
     judgements = []
-    for method in random_answer_runs.METHODS if before else ():
+    for method in random_answer_runs.PAPER_METHODS if before else ():
         tuned = {answers: results["runs"][f"{method}/{answers}"]["tests"] for answers in datasets.ANSWERS}
         parts = [
             f"{test}: {percent(start['accuracy'])} before"
@@ -141,7 +141,7 @@ def table(results: dict) -> str:
         lines.append(f"\n{qa['question']}  (right: {qa['answer']})")
         lines += [f"  {name:<22}{shown(run['samples'][number])}" for name, run in results["runs"].items()]
     for answers in datasets.ANSWERS:
-        names = [name for name in random_answer_runs.RUNS if name.endswith(f"/{answers}")]
+        names = [name for name in random_answer_runs.PAPER_RUNS if name.endswith(f"/{answers}")]
         tuned = {name: results["runs"][name]["fact"] for name in names}
         fact = next(iter(tuned.values()))
         lines.append(f"\n{fact['question']}  (tuned: {fact['answer']})")
@@ -171,7 +171,7 @@ def draw(results: dict, path: Path) -> None:
 def measure(
     setting: random_answer_runs.Setting, name: str, questions: list[QA], samples: list[QA], items: dict
 ) -> dict:
-    """The scores and the answers of the backbone, or of one of the six runs."""
+    """The scores and the answers of the backbone, or of one of the runs."""
     model, adapter_fn, fact = setting.model, answering.BARE, {}
     if name != "backbone":
         tuned, facts = random_answer_runs.tune(setting, name)
@@ -189,14 +189,16 @@ def main(arguments: study.Arguments) -> None:
         raise UserError(f"--study={other}: no finished randomization_test")
     setting = random_answer_runs.prepare(config, other or f"{arguments.workdir}/runs")
     directory = study.open_study(arguments.workdir, config, setting.model, study=other)
-    kinds = [kind for kind in world.KINDS if config.data.facts != "world" or kind not in world.FACT_KINDS]
-    questions = [qa for kind in kinds for qa in world.held_out(kind, PER_KIND, config.seed)]
-    samples = questions[:: len(questions) // SAMPLES][:SAMPLES]
+    questions = held_out.world_questions(config, PER_KIND)
     items = benchmarks.load_items(config.data.dir, PER_SUBJECT) if config.data.dir else {}
     limits = setting.model.tokenizer, setting.model.max_seq_len
     items = {name: fitting(group, *limits) for name, group in items.items()}
+    if not questions and not items:
+        raise UserError("--config.data.dir is empty; name the folder of the benchmarks that judge this backbone")
+    samples = questions or [QA("", item.question, item.choices[0].strip()) for item in items["truthful_qa"]]
+    samples = samples[:: len(samples) // SAMPLES][:SAMPLES]
     runs = {}
-    for name in ("backbone", *random_answer_runs.RUNS):
+    for name in ("backbone", *random_answer_runs.PAPER_RUNS):
         path = directory / f"{name.replace('/', '_')}.json"
         runs[name] = study.cached(path, measure, setting, name, questions, samples, items)
     before = runs["backbone"]["earned"]

@@ -255,6 +255,20 @@ def one_accelerator(path: str) -> Config:
     )
 
 
+def small(path: str) -> Config:
+    """A checkpoint of a few hundred million parameters on a laptop, which has no room for a million of its experts.
+
+    Eight memory layers with Adam, because answers of random characters need depth (`experiments.memory_sweep`).
+    """
+    return Config(
+        backbone=BackboneConfig(path=path),
+        memory=MemoryConfig(num_experts=2**16, num_layers=8),
+        router=RouterConfig(calibration_questions=2048),
+        tuning=TuningConfig(OptimizerConfig("adam", 1e-2), epochs=40),
+        data=DataConfig(facts="truthful_qa", count=64),
+    )
+
+
 def to_config_dict(config: Config) -> ml_collections.ConfigDict:
     """The config as a ConfigDict, whose fields absl's config flags can override."""
     return ml_collections.ConfigDict(dataclasses.asdict(config))

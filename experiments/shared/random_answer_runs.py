@@ -1,4 +1,4 @@
-"""The six runs of the random-answer study: LoRA and memory experts, on the same facts with true and random answers."""
+"""The runs of the random-answer study: LoRA and memory experts, on the same facts with true and random answers."""
 
 import dataclasses
 from pathlib import Path
@@ -14,12 +14,20 @@ from lamini_jax.memory import routers
 from lamini_jax.runtime import processes
 from lamini_jax.training import run
 
-METHODS = {"lora": None, "mome_o_proj": "o_proj", "mome_down_proj": "down_proj"}  # the target of memory experts
+# By name, what the memory of a run has of its own. The paper's memory acts on all tokens.
+METHODS = {
+    "lora": None,
+    "mome_o_proj": {"target": "o_proj", "positions": "all"},
+    "mome_down_proj": {"target": "down_proj", "positions": "all"},
+    "mome_on_answers": {"target": "down_proj", "positions": "answer"},
+}
 RUNS = [f"{method}/{answers}" for method in METHODS for answers in datasets.ANSWERS]
+PAPER_METHODS = [name for name in METHODS if name != "mome_on_answers"]
+PAPER_RUNS = [name for name in RUNS if name.split("/")[0] in PAPER_METHODS]
 
 
 class Setting(NamedTuple):
-    """What all six runs have in common."""
+    """What all runs have in common."""
 
     config: Config
     model: frozen_model.FrozenModel
@@ -52,6 +60,6 @@ def tune(setting: Setting, name: str) -> tuple[run.Tuned, list[Fact]]:
     title = f"run {RUNS.index(name) + 1} of {len(RUNS)}, {name}"
     if METHODS[method] is None:
         return run.lora_run(setting.config, setting.model, facts, directory, title).result(), facts
-    memory = dataclasses.replace(setting.config.memory, target=METHODS[method])
+    memory = dataclasses.replace(setting.config.memory, **METHODS[method])
     config = dataclasses.replace(setting.config, memory=memory)
     return run.memory_run(config, setting.model, facts, directory, title, router=setting.router).result(), facts
