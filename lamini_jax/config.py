@@ -46,9 +46,9 @@ class BackboneConfig:
     With a `path`, all fields except `system`, `max_seq_len` and `dtype` are read from the checkpoint there.
     """
 
-    path: str = ""  # a directory in Hugging Face format, or a name on its Hub; empty: the backbone that ships
+    path: str = ""  # a directory in Hugging Face format, a name on its Hub, or a GGUF file; empty: the one that ships
     system: str = ""  # the chat template's system message, before every question, in training too; empty: none
-    family: str = "llama"  # the model_type in the checkpoint's config.json; a module of backbone/checkpoints/families
+    family: str = "llama"  # the model_type in a checkpoint's config.json; a module of backbone/checkpoints/families
     vocab_size: int = _number(256, at_least=1)
     num_layers: int = _number(4, at_least=2)
     embed_dim: int = _number(128, at_least=1)

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from refusals import refuse
 
 from lamini_jax.backbone import checkpoints as formats
+from lamini_jax.backbone.checkpoints import _gguf_metadata, load_whole
 from lamini_jax.backbone.checkpoints import gguf as gguf_format
-from lamini_jax.backbone.checkpoints import load_whole
 from lamini_jax.config import BackboneConfig
 from lamini_jax.errors import BAD_INPUT, UserError
 
@@ -171,6 +171,12 @@ def test_settings_that_the_file_contradicts_are_refused(directory, tmp_path):
         formats.resolve(BackboneConfig(path=str(path), max_seq_len=513))
 
 
+def test_the_directory_of_a_file_is_no_checkpoint(directory, tmp_path):
+    path = gguf_files.write(tmp_path / "a.gguf", directory)
+    with pytest.raises(UserError, match=f"to read a.gguf, give its own path: {path}"):
+        formats.resolve(BackboneConfig(path=str(tmp_path)))
+
+
 def test_silent_keys_change_nothing(directory, tmp_path):
     values = {"expert_count": 0, "attention__causal": True, "rope__scaling__type": "none", "logit_scale": 0.0}
     path = gguf_files.write(tmp_path / "a.gguf", directory, change=says(**values))
@@ -288,14 +294,38 @@ def test_any_bytes_after_the_magic(data, tmp_path_factory):
     read_or_refuse(b"GGUF\3\0\0\0" + data, tmp_path_factory)
 
 
+KEYS = [*_gguf_metadata._KEYS, *_gguf_metadata._CHECKED, *_gguf_metadata._HARMLESS, "rope.scaling.type", "other"]
+KEYS = [*map("llama.{}".format, [*KEYS, "rope.scaling.factor", "attention.sliding_window", "expert_count"])]
+KEYS += map("tokenizer.ggml.{}".format, "model pre tokens token_type merges scores eos_token_id add_bos_token".split())
+KEYS += ["general.architecture", "general.alignment", "general.type", "split.count", "tokenizer.chat_template"]
+NUMBERS = st.integers(0, 2**32 - 1) | st.sampled_from([0, 1, 2, 4, 16]) | st.floats(width=32)
+TEXTS = st.text(max_size=12) | st.sampled_from(["llama", "gpt2", "qwen2", "linear", "{{ x }}"])
+VALUES = st.booleans() | NUMBERS | TEXTS | st.lists(TEXTS, min_size=1, max_size=3)
+VALUES |= st.lists(st.integers(0, 9), min_size=1, max_size=3) | st.lists(st.floats(width=32), min_size=1, max_size=3)
+
+
+@settings(**OPTIONS)
+@given(changes=st.dictionaries(st.sampled_from(KEYS), VALUES, max_size=3))
+def test_any_values_in_the_metadata(changes, directory, tmp_path_factory):
+    path = strange(tmp_path_factory)
+    gguf_files.write(path, directory, change=lambda metadata, _: metadata.update(changes))
+    refusal(lambda: read_as_far_as_weights(path))
+
+
 def read_or_refuse(content, tmp_path_factory):
+    path = strange(tmp_path_factory)
+    path.write_bytes(content)
+    return refusal(lambda: read_as_far_as_weights(path))
+
+
+def strange(tmp_path_factory):
+    """A path without a file."""
     path = tmp_path_factory.getbasetemp() / "strange.gguf"
     path.unlink(missing_ok=True)
-    path.write_bytes(content)
+    return path
 
-    def read():
-        config = gguf_format.resolve(BackboneConfig(path=str(path)))
-        gguf_format._tensors(config)
-        gguf_format.load_tokenizer(config).prompt("Who?")
 
-    return refusal(read)
+def read_as_far_as_weights(path):
+    config = gguf_format.resolve(BackboneConfig(path=str(path)))
+    gguf_format._tensors(config)
+    gguf_format.load_tokenizer(config).prompt("Who?")

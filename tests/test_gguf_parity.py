@@ -69,7 +69,7 @@ def their_tokenizer():
 
 @pytest.fixture(scope="module")
 def ours():
-    config = checkpoints.resolve(BackboneConfig(path=str(FILE)))
+    config = checkpoints.resolve(BackboneConfig(path=str(FILE), max_seq_len=128))
     return frozen_model.load(Config(backbone=config, memory=MemoryConfig(num_layers=2)))
 
 

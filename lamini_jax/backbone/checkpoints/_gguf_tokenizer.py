@@ -71,17 +71,13 @@ def _about(file: File) -> dict[str, Any]:
         raise UserError(f"{path}: tokenizer.ggml.model {shown(kind)} is not supported; gpt2 and llama are")
     if about.get("precompiled_charsmap"):
         raise UserError(f"{path}: tokenizer.ggml.precompiled_charsmap is not supported")
-    about.setdefault("token_type", [_NORMAL] * len(texts) if isinstance(texts, list) else None)
-    for key, types, count in (
-        ("tokens", str, None),
-        ("token_type", int, len(texts)),
-        *([("merges", str, None)] if kind == "gpt2" else [("scores", float, len(texts))]),
-    ):
-        values = about.get(key)
-        if not isinstance(values, list) or not all(type(value) is types for value in values):
-            raise UserError(f"{path}: has no list tokenizer.ggml.{key} of the tokenizer {kind}")
-        if count not in (None, len(values)):
-            raise UserError(f"{path}: has {len(values)} in tokenizer.ggml.{key} and {count} tokens")
+    _check_list(path, about, "tokens", str)
+    about.setdefault("token_type", [_NORMAL] * len(texts))
+    _check_list(path, about, "token_type", int, len(texts))
+    if kind == "gpt2":
+        _check_list(path, about, "merges", str)
+    else:
+        _check_list(path, about, "scores", float, len(texts))
     if len(set(texts)) < len(texts):
         twice = next(text for number, text in enumerate(texts) if texts.index(text) < number)
         raise UserError(f"{path}: has the token {shown(twice)} twice")
@@ -89,6 +85,15 @@ def _about(file: File) -> dict[str, Any]:
         if type(about.get(key, False)) is not bool:
             raise UserError(f"{path}: tokenizer.ggml.{key} {shown(about[key])} is not true or false")
     return about
+
+
+def _check_list(path: Path, about: dict[str, Any], key: str, kind: type, count: int | None = None) -> None:
+    """Raises UserError for what is not a list of this kind, or does not have `count` entries."""
+    values = about.get(key)
+    if not isinstance(values, list) or not all(type(value) is kind for value in values):
+        raise UserError(f"{path}: has no list tokenizer.ggml.{key} of the tokenizer {about['model']}")
+    if count not in (None, len(values)):
+        raise UserError(f"{path}: has {len(values)} in tokenizer.ggml.{key} and {count} tokens")
 
 
 def _special_id(path: Path, about: dict[str, Any], name: str) -> int | None:

@@ -42,6 +42,9 @@ def resolve(asked: BackboneConfig) -> BackboneConfig:
     """
     directory = locate(asked.path)
     path = directory / "config.json"
+    others = sorted(directory.glob("*.gguf"))
+    if others and not path.exists():
+        raise UserError(f"{path}: no such file; to read {others[0].name}, give its own path: {others[0]}")
     fields, longest = _config_json.read(path)
     fields["tied_embeddings"] = _is_tied(directory, fields["tied_embeddings"])
     config = _config_json.fill_in(asked, path, fields, longest)
