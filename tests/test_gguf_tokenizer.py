@@ -304,6 +304,7 @@ REFUSED = {
     "no end": ({"eos_token_id": None}, "names no tokenizer.ggml.eos_token_id"),
     "end beyond": ({"eos_token_id": 400}, "tokenizer.ggml.eos_token_id 400 is not one of 400 tokens"),
     "end of text": ({"eos_token_id": "</s>"}, "tokenizer.ggml.eos_token_id </s> is not one"),
+    "a beginning of no use": ({"bos_token_id": 25}, "tokenizer cannot be made"),
     "no flag": ({"add_bos_token": "yes"}, "tokenizer.ggml.add_bos_token yes is not true or false"),
     "map": ({"precompiled_charsmap": [1]}, "tokenizer.ggml.precompiled_charsmap"),
     "template": ({TEMPLATE: "{% if %}"}, "chat template fails"),

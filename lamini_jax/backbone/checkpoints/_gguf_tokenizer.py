@@ -61,7 +61,7 @@ def load(file: File, vocab_size: int, system: str) -> CheckpointTokenizer:
 
 
 def _about(file: File) -> dict[str, Any]:
-    """The metadata of the tokenizer, without their beginning. Raises UserError for what is not one."""
+    """The metadata of the tokenizer, its keys without their beginning. Raises UserError for what is not one."""
     path, start = file.path, "tokenizer.ggml."
     about = {key.removeprefix(start): value for key, value in file.metadata.items() if key.startswith(start)}
     kind, texts = about.get("model"), about.get("tokens")
@@ -105,22 +105,28 @@ def _special_id(path: Path, about: dict[str, Any], name: str) -> int | None:
 
 
 def _library_object(path: Path, about: dict[str, Any], ids: dict[str, int | None]):
-    """The tokenizers library's object."""
+    """The tokenizers library's object. Raises UserError if there cannot be one."""
     try:
-        from tokenizers import AddedToken, processors
+        import tokenizers  # noqa: F401
     except ImportError:
         raise UserError(f"{path}: needs the tokenizers library; pip install -e .[gguf]") from None
-    texts, types = about["tokens"], about["token_type"]
-    vocabulary = {text: number for number, text in enumerate(texts) if types[number] != _UNUSED}
     try:
-        if about["model"] == "gpt2":
-            tokenizer, begins = _byte_level(path, about, vocabulary)
-        else:
-            tokenizer, begins = _sentencepiece(about, vocabulary, ids["unknown"]), True
+        return _made(path, about, ids)
     except UserError:
         raise
     except Exception as error:  # the library raises nothing more special
         raise UserError(f"{path}: its tokenizer cannot be made ({one_line(error)})") from None
+
+
+def _made(path: Path, about: dict[str, Any], ids: dict[str, int | None]):
+    from tokenizers import AddedToken, processors
+
+    texts, types = about["tokens"], about["token_type"]
+    vocabulary = {text: number for number, text in enumerate(texts) if types[number] != _UNUSED}
+    if about["model"] == "gpt2":
+        tokenizer, begins = _byte_level(path, about, vocabulary)
+    else:
+        tokenizer, begins = _sentencepiece(about, vocabulary, ids["unknown"]), True
     added = ((text, kind) for text, kind in zip(texts, types, strict=True) if text)
     special = {_CONTROL: True, _UNKNOWN: True, _USER_DEFINED: False}
     tokens = [AddedToken(text, special=special[kind], normalized=False) for text, kind in added if kind in special]
