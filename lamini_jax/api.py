@@ -22,7 +22,7 @@ from lamini_jax.errors import UserError
 from lamini_jax.evaluation import recall
 from lamini_jax.memory import storage
 from lamini_jax.memory.storage import StoredMemory
-from lamini_jax.runtime import checkpointing, processes, workdir
+from lamini_jax.runtime import checkpointing, paths, processes, workdir
 
 Facts = str | os.PathLike | Iterable[Fact | Mapping[str, Any]]
 
@@ -121,12 +121,14 @@ class Source:
 
 def run_source(directory: str | os.PathLike) -> Source:
     """The memory in a work directory of `tune`. Raises UserError if no run has finished there."""
-    return Source(Path(directory), storage.run_config(Path(directory)), is_export=False)
+    directory = paths.as_path(directory)
+    return Source(directory, storage.run_config(directory), is_export=False)
 
 
 def export_source(directory: str | os.PathLike) -> Source:
     """The memory that `lamini_jax.export` wrote. Raises UserError if there is none."""
-    return Source(Path(directory), storage.export_config(Path(directory)), is_export=True)
+    directory = paths.as_path(directory)
+    return Source(directory, storage.export_config(directory), is_export=True)
 
 
 def load(directory: str | os.PathLike, backbone: str | None = None, lookup: str | None = None) -> Memory:
@@ -135,7 +137,7 @@ def load(directory: str | os.PathLike, backbone: str | None = None, lookup: str 
     `backbone` is where the backbone's checkpoint is, if it has moved; `lookup="approximate"` finds experts faster on a
     TPU and misses some. Raises UserError if there is no finished memory, or another backbone.
     """
-    find = export_source if storage.is_export(Path(directory)) else run_source
+    find = export_source if storage.is_export(paths.as_path(directory)) else run_source
     return find(directory).with_backbone(backbone).load(lookup)
 
 

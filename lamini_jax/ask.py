@@ -58,4 +58,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(main, remote=("workdir", "memory", "questions", "output"))

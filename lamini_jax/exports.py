@@ -5,6 +5,7 @@ import dataclasses
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from lamini_jax.data import batches, facts
 from lamini_jax.errors import FACTS_DO_NOT_HOLD, UserError
 from lamini_jax.memory import experts, routers, storage
 from lamini_jax.memory.routers import FactSelection
+from lamini_jax.runtime import paths
 from lamini_jax.training import MemoryMethod, loop
 
 _BASE = "base"  # the folder of an adapter with the backbone that ships
@@ -58,6 +60,9 @@ def peft(source: Source, question: str, output: str) -> str:
     config = source.config
     tokenizer = checkpoints.load_tokenizer(config.backbone)
     facts.check_question(question, tokenizer, config.backbone.max_seq_len, "--question")
+    if paths.is_remote(output) and not config.backbone.path:
+        base = "the adapter names the path of its backbone, which is written beside it"
+        raise UserError(f"--output={output}: {base}; name a directory of this machine")
     with _new_directory(output) as directory:
         loaded = source.load()
         (bucket,) = batches.prompts([question], tokenizer)
@@ -156,10 +161,15 @@ def _vllm_rank(rank: int) -> int:
 
 @contextlib.contextmanager
 def _new_directory(output: str) -> Iterator[Path]:
-    """A directory to fill, which gets its final name only when it is complete."""
-    path = Path(output)
+    """A directory to fill, which gets its final name, or is copied into a bucket, only when it is complete."""
+    path = paths.as_path(output)
     if path.exists():
         raise UserError(f"--output={path}: exists already; name another directory")
+    if paths.is_remote(path):
+        with tempfile.TemporaryDirectory() as directory:
+            yield Path(directory)
+            paths.upload(Path(directory), path)
+        return
     unfinished = path.with_name(f".{path.name}.unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
     try:

@@ -5,7 +5,7 @@
 FACTS.jsonl has a line {"question": "...", "answer": "..."} per fact. DIR gets config.json, checkpoints, recall.jsonl
 (what the model really answers to every question) and results.json. Run again, it continues where it was stopped. The
 exit status is 0 if all facts hold (are certified and recalled), 3 if the budget of epochs ended before that (a larger
---config.tuning.epochs continues).
+--config.tuning.epochs continues). Both may be in a bucket: gs://BUCKET/NAME.
 """
 
 from absl import flags
@@ -38,4 +38,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(main, remote=("facts", "workdir"))

@@ -53,4 +53,4 @@ run xpk storage attach "$name-bucket" "${where[@]}" --type=gcsfuse --bucket="$bu
     --size=1 --readonly=false --auto-mount=true
 run xpk workload create --workload="$name" "${where[@]}" --tpu-type="$type" --num-slices=1 \
     --max-restarts="$restarts" --base-docker-image=python:3.12 --script-dir=. \
-    --command="pip install -q .[tpu] && python -m $(printf '%q ' "$@")--multihost"
+    --command="pip install -q .[tpu,gcs] && python -m $(printf '%q ' "$@")--multihost"

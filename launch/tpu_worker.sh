@@ -14,6 +14,7 @@ prepare() {
         sudo apt-get update -q && sudo apt-get install -yq python3.11-venv
     fi
     install tpu
+    install gcs
     [[ $bucket ]] || return 0
     if ! command -v gcsfuse >/dev/null; then
         curl -fsS https://packages.cloud.google.com/apt/doc/apt-key.gpg | sudo tee "$key" >/dev/null

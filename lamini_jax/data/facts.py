@@ -13,6 +13,7 @@ import numpy as np
 from absl import logging
 
 from lamini_jax.errors import UserError
+from lamini_jax.runtime import paths
 
 RANDOM_LENGTH = 32
 
@@ -121,7 +122,7 @@ def check_question(question: str, tokenizer, max_seq_len: int, where: str) -> No
 def _records(path: str, example: str) -> Iterator[tuple[int, dict[str, Any]]]:
     """The JSON object of each line that is not blank, with its line number."""
     try:
-        with open(path, "rb") as file:
+        with paths.as_path(path).open("rb") as file:
             for number, line in enumerate(file, 1):
                 line = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
                 if line.strip():
@@ -131,7 +132,7 @@ def _records(path: str, example: str) -> Iterator[tuple[int, dict[str, Any]]]:
     except IsADirectoryError as error:
         raise UserError(f"{path}: is a directory; name a JSONL file in it") from error
     except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); name a file that can") from error
+        raise UserError(f"{path}: cannot be read ({error.strerror or error}); name a file that can") from error
 
 
 def _record(line: bytes, where: str, example: str) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from lamini_jax.config import Config, from_config_dict
 from lamini_jax.errors import UserError
 from lamini_jax.memory import experts, routers, slots
 from lamini_jax.memory.slots import EMPTY_SLOT
-from lamini_jax.runtime import checkpointing, sharding
+from lamini_jax.runtime import checkpointing, paths, sharding
 
 _DESCRIPTION, _TENSORS = "memory.json", "memory.safetensors"
 
@@ -81,7 +81,8 @@ def load_export(config: Config, directory: Path) -> StoredMemory:
     shape = experts.expert_shape(config.backbone, config.memory)
     expected = {"expert_ids_S": (count,)} | {f"{name}_SR": part for name, part in shape.parts(count).items()}
     try:
-        tensors = load_file(path)
+        with paths.local_file(path) as file:
+            tensors = load_file(file)
     except (OSError, SafetensorError) as error:
         raise UserError(f"{path}: cannot be read ({error}); export it again") from None
     for name, part in expected.items():

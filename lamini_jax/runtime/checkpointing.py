@@ -13,6 +13,7 @@ import json
 import logging
 import math
 import os
+import re
 import shutil
 import sys
 import tempfile
@@ -25,13 +26,14 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from lamini_jax.errors import OTHER_RUN, UserError
-from lamini_jax.runtime import processes, sharding
+from lamini_jax.runtime import paths, processes, sharding
 
 # Saving takes about this share of a run's time at most, and there are at least so many seconds between two saves.
 _SHARE = 0.1
 _SECONDS = 15.0
 # Orbax treats a path with one of these as a pattern of names: it writes nothing readable there, and only logs that.
 _PATTERN = frozenset("*?[]\\")
+_ALGORITHMS = {32: "md5", 64: "sha256"}  # of a manifest's hashes, by how many digits they have
 
 
 class Saved(NamedTuple):
@@ -48,21 +50,22 @@ class Checkpoints:
 
     def __init__(self, directory: Path):
         _quieten_storage()
-        self._directory, self._path = directory, _without_pattern(directory.absolute())
+        self._directory = directory
+        self._path = directory if paths.is_remote(directory) else _without_pattern(directory.absolute())
         options = ocp.CheckpointManagerOptions(max_to_keep=2, create=True)
         self._manager = ocp.CheckpointManager(self._path, options=options)
         self._saved_at, self._cost = -math.inf, 0.0  # the first epoch is saved at once
 
     def save(self, step: int, tables: dict[str, Any], arrays: dict[str, Any], record: dict[str, Any]) -> None:
         """Saves, once per step; the checkpoint counts when this returns. Raises UserError if it fails (a full disk)."""
-        if step == self.latest_step():
-            return
-        for unfinished in set(self._manager.all_steps()) - set(self._whole_steps()):
-            self._manager.delete(unfinished)
         started = time.monotonic()
         tree = {"tables": {name: jax.tree.leaves(table) for name, table in tables.items()}, "arrays": arrays}
         arguments = ocp.args.Composite(tree=ocp.args.StandardSave(tree), record=ocp.args.JsonSave(record))
         with self._saving():
+            if step == self.latest_step():
+                return
+            for unfinished in set(self._manager.all_steps()) - set(self._whole_steps()):
+                self._manager.delete(unfinished)
             self._manager.save(step, args=arguments)
             self._manager.wait_until_finished()
             if processes.is_primary():
@@ -73,6 +76,8 @@ class Checkpoints:
 
     def check_room(self, tables: dict[str, Any]) -> None:
         """Raises UserError if the disk has no room for such tables, two to keep while a third is written."""
+        if paths.is_remote(self._path):
+            return
         size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tables))
         needed = (3 - min(len(self._manager.all_steps()), 2)) * size
         free = shutil.disk_usage(self._path).free
@@ -105,8 +110,9 @@ class Checkpoints:
             arguments = ocp.args.Composite(tree=ocp.args.StandardRestore(target), record=ocp.args.JsonRestore())
             restored = self._manager.restore(step, args=arguments)
         except (OSError, ValueError, KeyError) as error:
-            reason = str(error).splitlines()[0]
-            raise UserError(f"{self._directory / str(step)}: cannot be read ({reason}); remove it") from error
+            reason = paths.failure(error)
+            said = f"({reason})" if reason else f"({str(error).splitlines()[0]}); remove it"
+            raise UserError(f"{self._directory / str(step)}: cannot be read {said}") from error
         return Saved(step, restored["tree"]["tables"], restored["tree"]["arrays"], dict(restored["record"]))
 
     def latest_step(self) -> int | None:
@@ -120,50 +126,68 @@ class Checkpoints:
 
     def _whole_steps(self) -> list[int]:
         """The steps that have a manifest; a run that ended while it saved leaves a checkpoint without one."""
-        return [step for step in self._manager.all_steps() if self._manifest(step).is_file()]
+        names = self._names()
+        return [step for step in self._manager.all_steps() if self._manifest(step).name in names]
+
+    def _names(self) -> set[str]:
+        """The names in the directory of checkpoints. Listed, because `exists` may take a failure for an absence."""
+        try:
+            return {path.name for path in self._path.iterdir()}
+        except FileNotFoundError:  # in a bucket a directory begins with its first object
+            return set()
 
     def _manifest(self, step: int) -> Path:
         return self._path / f"manifest-{step}.json"
 
     def _write_manifest(self, step: int) -> None:
-        for old in self._path.glob("manifest-*.json"):
-            if not (self._path / old.stem.removeprefix("manifest-")).is_dir():
-                old.unlink()
-        unfinished = self._path / f"unfinished-{step}.json"
-        with open(unfinished, "w") as file:
-            json.dump(self._files(step), file)
-            file.flush()
-            os.fsync(file.fileno())
-        unfinished.rename(self._manifest(step))
-
-    def _files(self, step: int) -> dict[str, list]:
-        """The size and the hash of every file of a checkpoint."""
-        directory, files = self._path / str(step), {}
-        for path in sorted(path for path in directory.rglob("*") if path.is_file()):
-            with open(path, "rb") as file:
-                digest = hashlib.file_digest(file, "sha256").hexdigest()
-            files[path.relative_to(directory).as_posix()] = [path.stat().st_size, digest]
-        return files
+        names = self._names()
+        for name in names:
+            manifest = re.fullmatch(r"manifest-(\d+)\.json", name)
+            if manifest and manifest[1] not in names:
+                (self._path / name).unlink()
+        files = paths.files_below(self._path / str(step)).items()
+        # A bucket knows the MD5 of its objects; to compute another hash, all that was saved would have to come back.
+        algorithm = "md5" if paths.is_remote(self._path) else "sha256"
+        described = {name: [file.size, _digest(file, algorithm)] for name, file in files}
+        paths.write(self._manifest(step), json.dumps(described))
 
     def _find_damage(self, step: int) -> str:
         """What differs from the manifest; empty if nothing does."""
         try:
-            expected, found = json.loads(self._manifest(step).read_text()), self._files(step)
+            expected = json.loads(self._manifest(step).read_text())
+            found = paths.files_below(self._path / str(step))
+            wrong = expected.keys() ^ found.keys()
+            for name in expected.keys() & found.keys():
+                size, digest = expected[name]
+                if found[name].size != size or _digest(found[name], _ALGORITHMS[len(digest)]) != digest:
+                    wrong.add(name)
         except (OSError, ValueError) as error:
+            if paths.failure(error):
+                raise
             return f"its files cannot be checked ({error})"
-        wrong = [name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name)]
         return f"its file {min(wrong)} is missing or damaged" if wrong else ""
 
     @contextlib.contextmanager
     def _saving(self):
         try:
             yield
-        except (OSError, ValueError) as error:  # the storage below Orbax reports a full disk as a ValueError
-            if not isinstance(error, OSError) and "os_error_code" not in str(error):
+        except Exception as error:
+            remote = paths.failure(error)
+            # The storage below Orbax reports a full disk as a ValueError.
+            if not remote and not isinstance(error, OSError) and "os_error_code" not in str(error):
                 raise
-            reason = os.strerror(errno.ENOSPC) if "No space left" in str(error) else str(error).splitlines()[0]
-            whole = "the checkpoint before this one is complete; make room and run again to continue from it"
-            raise UserError(f"{self._directory}: cannot save ({reason}); {whole}") from error
+            full = os.strerror(errno.ENOSPC) if "No space left" in str(error) else str(error).splitlines()[0]
+            remedy = "run again" if remote else "make room and run again"
+            whole = f"the checkpoint before this one is complete; {remedy} to continue from it"
+            raise UserError(f"{self._directory}: cannot save ({remote or full}); {whole}") from error
+
+
+def _digest(file: paths.File, algorithm: str) -> str:
+    """The hash of a file, read only if its storage does not know it."""
+    if algorithm == "md5" and file.md5:
+        return file.md5
+    with file.path.open("rb") as content:
+        return hashlib.file_digest(content, algorithm).hexdigest()
 
 
 def _without_pattern(directory: Path) -> Path:

@@ -29,7 +29,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +39,7 @@ from ml_collections import config_flags
 
 from lamini_jax import config as config_lib
 from lamini_jax.errors import BAD_INPUT, DEVICES, DOES_NOT_FIT, UserError
-from lamini_jax.runtime import user_cache
+from lamini_jax.runtime import paths, user_cache
 
 _CACHE = flags.DEFINE_string(
     "cache_dir", user_cache.default(), "What later commands need again: compiled programs, calibration; empty: nowhere."
@@ -90,8 +90,8 @@ def start(mesh: config_lib.MeshConfig) -> None:
     sharding.set_mesh(mesh)
 
 
-def run(main: Callable[[], int | None]) -> None:
-    """Parses `sys.argv`, calls `main()` and exits with its status.
+def run(main: Callable[[], int | None], remote: Sequence[str] = ()) -> None:
+    """Parses `sys.argv`, calls `main()` and exits with its status. `remote` names the flags that may name a bucket.
 
     Every error is one line on stderr and a status of `errors.py`: 2 for a bad flag, a leftover argument and a UserError
     without another status. An unexpected error has status 1 and leaves its traceback in a file (`_explain`). `--help`
@@ -104,7 +104,7 @@ def run(main: Callable[[], int | None]) -> None:
         if {"--help", "-h"} & set(sys.argv[1:]):
             status = _print_help()
         else:
-            _parse_flags(sys.argv)
+            _parse_flags(sys.argv, remote)
             status = main()
         if sys.stdout is not None:
             sys.stdout.flush()
@@ -126,6 +126,8 @@ def _report(error: BaseException) -> int:
         message, status = "interrupted", 128 + signal.SIGINT
     elif isinstance(error, UserError):
         message, status = f"error: {_printable(str(error))}", error.status
+    elif said := paths.failure(error):
+        message, status = f"error: the storage failed ({said}); what is saved there is whole: run again", BAD_INPUT
     else:
         from lamini_jax.runtime import processes
 
@@ -172,12 +174,38 @@ def require(extra: str, *modules: str) -> None:
         raise UserError(f"{', '.join(missing)} not installed: pip install -e .[{extra}]")
 
 
-def _parse_flags(argv: list[str]) -> None:
+def _parse_flags(argv: list[str], remote: Sequence[str]) -> None:
+    with tempfile.TemporaryDirectory() as directory:
+        _parse_arguments(argv, directory)
+    parser = flags.FLAGS
+    for flag in map(parser.__getitem__, parser):
+        if isinstance(flag.value, float) and not math.isfinite(flag.value):
+            raise UserError(f"--{flag.name}={flag.value}: must be a finite number")
+        if isinstance(flag.value, str) and re.match(r"\w+://", flag.value):
+            _check_remote(flag.name, flag.value, remote)
+    if "config" in parser and not isinstance(parser["config"].value, ml_collections.ConfigDict):
+        filename = parser["config"].config_filename
+        raise UserError(f"--config={filename}: not a file whose get_config() returns to_config_dict(CONFIG)")
+
+
+def _check_remote(name: str, value: str, allowed: Sequence[str]) -> None:
+    """Raises UserError if the flag takes only files of this machine, or the bucket cannot be used."""
+    if name not in allowed:
+        raise UserError(f"--{name}={value}: only files of this machine are read here; mount the bucket and name it")
+    try:
+        paths.as_path(value)
+    except UserError as error:
+        raise UserError(f"--{name}={error}") from None
+
+
+def _parse_arguments(argv: list[str], directory: str) -> None:
+    """Gives all flags their values. A config file of a bucket is imported from a copy in the directory."""
     parser = flags.FLAGS
     parser.set_gnu_getopt(True)  # otherwise flags after a stray argument are ignored, and reported as missing
     try:
         argv = [argv[0], *parser.read_flags_from_files(argv[1:])]
         if "config" in parser:
+            argv = _with_local_config(argv, directory)
             _check_overrides(argv)
             if not any(re.match(r"--?config(=|$)", argument) for argument in argv):
                 # As an argument: overrides do not apply to a flag's default, whose names stay for the next file loaded.
@@ -192,18 +220,24 @@ def _parse_flags(argv: list[str]) -> None:
         if error.name != "get_config":
             raise
         raise UserError("--config: the file does not define get_config()") from None
-    for flag in map(parser.__getitem__, parser):
-        if isinstance(flag.value, float) and not math.isfinite(flag.value):
-            raise UserError(f"--{flag.name}={flag.value}: must be a finite number")
-        if isinstance(flag.value, str) and re.match(r"\w+://", flag.value):
-            raise UserError(
-                f"--{flag.name}={flag.value}: only files are read and written; mount the bucket and name it"
-            )
     if leftover:
         raise UserError(f"unexpected argument {leftover[0]!r}: everything is given as --FLAG=VALUE")
-    if "config" in parser and not isinstance(parser["config"].value, ml_collections.ConfigDict):
-        filename = parser["config"].config_filename
-        raise UserError(f"--config={filename}: not a file whose get_config() returns to_config_dict(CONFIG)")
+
+
+def _with_local_config(argv: list[str], directory: str) -> list[str]:
+    """The arguments with a config file of a bucket replaced by a copy of it in the directory."""
+    local = list(argv)
+    for index, argument in enumerate(argv):
+        config = re.fullmatch(r"(--?config=)?(gs://.*)", argument)
+        if config and (config[1] or argv[index - 1] in ("--config", "-config")):
+            _check_remote("config", config[2], ["config"])
+            path = paths.as_path(config[2])
+            if not path.is_file():
+                raise UserError(f"--config={path}: no such file")
+            copy = Path(directory) / path.name
+            copy.write_bytes(path.read_bytes())
+            local[index] = f"{config[1] or ''}{copy}"
+    return local
 
 
 def _default_config() -> str:

@@ -148,7 +148,8 @@ def lost_process_status(error: Exception) -> int | None:
     """
     if not jax.distributed.is_initialized():
         return None
-    if not isinstance(error, jax.errors.JaxRuntimeError):
+    # jax raises the same failure as a ValueError where it waits for all processes, as it does while saving.
+    if not isinstance(error, jax.errors.JaxRuntimeError) and "Gloo" not in str(error):
         traceback.print_exc()
         return 1
     reason = str(error).splitlines()[0]

@@ -4,7 +4,6 @@ import importlib.metadata
 import json
 import os
 import platform
-import secrets
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import Any
 import jax
 
 from lamini_jax.errors import OTHER_RUN, UserError
-from lamini_jax.runtime import cli, processes
+from lamini_jax.runtime import cli, paths, processes
 
 
 def write_json(path: str | os.PathLike, value: Any) -> None:
@@ -25,33 +24,25 @@ def write_text(path: str | os.PathLike, text: str) -> None:
     """Writes a file, once for all processes, that is never seen half-written. Raises UserError if it cannot be."""
     if not processes.is_primary():
         return
-    path = Path(os.path.realpath(path))  # a link stays, and the file that it points to is replaced
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
-        if path.exists() and not path.is_file():  # a device or a pipe is written to
-            path.write_text(text, encoding="utf-8")
-            return
-        with open(temporary, "w", encoding="utf-8", newline="\n") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        paths.write(paths.as_path(path), text)
     except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror})") from None
-    finally:
-        temporary.unlink(missing_ok=True)
+        raise UserError(f"{path}: cannot be written ({error.strerror or error})") from None
 
 
 def check_output(flag: str, path: str) -> None:
     """Raises UserError if the file that a command will write at its end cannot be written."""
-    target = Path(os.path.realpath(path))
+    remote = paths.is_remote(path)
+    target = paths.as_path(path) if remote else Path(os.path.realpath(path))
     if target.is_dir():
         raise UserError(f"--{flag}={path}: is a directory; name a file")
-    if not target.parent.is_dir():
+    if not remote and not target.parent.is_dir():
         raise UserError(f"--{flag}={path}: its directory does not exist")
     replaced = target.parent if target.is_file() or not target.exists() else target
-    if not os.access(replaced, os.W_OK):
+    if not paths.is_writable(replaced):
         raise UserError(f"--{flag}={path}: cannot be written (no permission)")
+    if remote:
+        return
     try:
         with tempfile.TemporaryFile(dir=target.parent) as probe:
             probe.write(b"0" * 4096)
@@ -76,12 +67,12 @@ def open_workdir(workdir: str, identity: Mapping[str, Any], where: Mapping[str, 
     """
     if not workdir:
         raise UserError("--workdir is empty: name a directory")
-    directory = Path(workdir)
+    directory = paths.as_path(workdir)
     saved_path = directory / "config.json"
     identity, where = json.loads(json.dumps(identity)), dict(where or {})
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        if not os.access(directory, os.W_OK):
+        if not paths.is_writable(directory):
             raise UserError(f"--workdir={workdir}: not writable")
         if not saved_path.exists():
             write_json(saved_path, {**identity, "where": where})
@@ -90,7 +81,7 @@ def open_workdir(workdir: str, identity: Mapping[str, Any], where: Mapping[str, 
     except (FileExistsError, NotADirectoryError):
         raise UserError(f"--workdir={workdir}: is a file, or below one, and not a directory") from None
     except OSError as error:
-        raise UserError(f"--workdir={workdir}: {error.strerror}") from None
+        raise UserError(f"--workdir={workdir}: {error.strerror or error}") from None
     except json.JSONDecodeError as error:
         raise UserError(f"{saved_path}: not JSON ({error}); remove {workdir} or use another --workdir") from None
     found = saved.pop("where", None)
