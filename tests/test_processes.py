@@ -116,8 +116,8 @@ def test_one_that_dies_ends_the_other(tmp_path):
 def test_who_waits_in_vain_says_so():
     port = free_port()
     for process_id, told in (
-        (1, f"--coordinator=localhost:{port}: not reached"),
-        (0, "--num_processes=3: only 1 came"),
+        (1, f"process 0, at localhost:{port}, was not reached within 1 s"),
+        (0, "only 1 of 3 processes came within 1 s"),
     ):
         with pytest.raises(UserError) as error:
             processes.start(f"localhost:{port}", 3, process_id, timeout=1)
@@ -141,3 +141,69 @@ def test_they_wait_for_the_last(monkeypatch):
     for thread in threads:
         thread.join()
     assert len(joined) == 3 and min(joined) >= last
+
+
+CLUSTERS = {
+    "SLURM": {
+        "SLURM_JOB_ID": "1",
+        "SLURM_STEP_NODELIST": "localhost,elsewhere[2-3]",
+        "SLURM_NTASKS": "2",
+        "SLURM_PROCID": "{0}",
+        "SLURM_LOCALID": "{0}",
+    },
+    "Open MPI": {
+        "OMPI_MCA_orte_hnp_uri": "1531576320.0;tcp://127.0.0.1:34911",
+        "OMPI_COMM_WORLD_SIZE": "2",
+        "OMPI_COMM_WORLD_RANK": "{0}",
+        "OMPI_COMM_WORLD_LOCAL_RANK": "{0}",
+    },
+}
+
+
+def task(cluster, index, port, *command):
+    """Starts one of two tasks of a cluster."""
+    own = {name: value.format(index) for name, value in CLUSTERS[cluster].items()}
+    environment = {**os.environ, **own, "JAX_COORDINATOR_PORT": str(port), "PYTHONPATH": str(HERE.parent)}
+    return subprocess.Popen(
+        [sys.executable, *command], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+@pytest.mark.parametrize("cluster", CLUSTERS)
+def test_a_task_of_a_cluster_that_stays_alone(cluster, tmp_path):
+    """One line, soon."""
+    flags = ["--facts=none.jsonl", f"--workdir={tmp_path / 'run'}", "--multihost", "--join_timeout=2"]
+    for index, told in ((0, "only 1 of 2 processes came within 2 s"), (1, "was not reached within 2 s")):
+        started = time.monotonic()
+        result = helpers.finish(task(cluster, index, free_port(), "-m", "lamini_jax.tune", *flags))
+        assert (result.returncode, result.stdout, result.stderr.count("\n")) == (PROCESS_LOST, "", 1), result.stderr
+        assert result.stderr.startswith("error: --multihost: ") and told in result.stderr
+        assert time.monotonic() - started < 30 and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("cluster", CLUSTERS)
+def test_the_tasks_of_a_cluster_find_each_other(cluster):
+    script = (
+        "import jax; from lamini_jax.runtime import processes; processes.start(None, None, None, 60);"
+        "processes.barrier('x'); print(jax.process_index(), jax.process_count(), processes.broadcast(True))"
+    )
+    port = free_port()
+    both = [task(cluster, index, port, "-c", script) for index in range(2)]
+    for index, result in enumerate(map(helpers.finish, both)):
+        assert result.returncode == 0, result.stderr
+        assert result.stdout.splitlines()[-1] == f"{index} 2 True"
+
+
+def test_no_cluster_is_bad_input():
+    """Also where the place of jax's detection is no longer known."""
+    script = (
+        "import sys; from jax._src import clusters; from lamini_jax.runtime import processes\n"
+        "if sys.argv[1:]: del clusters.ClusterEnv.auto_detect_unset_distributed_params\n"
+        "assert processes._detect('a:1', 2, None, 1) == ('a:1', 2, None)\n"
+        "if not sys.argv[1:]: processes.start(None, None, None, 1)"
+    )
+    for arguments, told in (([], "UserError: --multihost: the processes cannot find each other"), (["moved"], "")):
+        command = [sys.executable, "-c", script, *arguments]
+        environment = {**os.environ, "PYTHONPATH": str(HERE.parent)}
+        result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+        assert told in result.stderr and (result.returncode == 0) == (not told), result.stderr

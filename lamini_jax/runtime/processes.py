@@ -4,6 +4,7 @@ With a single process nothing here has an effect, except SIGTERM and Ctrl-C, whi
 """
 
 import contextlib
+import inspect
 import os
 import signal
 import socket
@@ -27,19 +28,47 @@ _preempted = False
 
 
 def start(coordinator: str | None, num_processes: int | None, process_id: int | None, timeout: int) -> None:
-    """Joins the other processes. On TPU pods and under SLURM jax finds them; elsewhere the arguments name them.
+    """Joins the other processes. In a cluster that jax knows it finds them; elsewhere the arguments name them.
 
-    Raises UserError (PROCESS_LOST) if they have not found each other within `timeout` seconds.
+    Raises UserError: PROCESS_LOST if they have not found each other within `timeout` seconds, BAD_INPUT if it is not
+    known where they are.
     """
-    if coordinator and num_processes and process_id is not None:
-        _assemble(coordinator, num_processes, process_id, timeout)
-    jax.config.update("jax_cpu_collectives_implementation", "gloo")
     try:
-        options = {"local_device_ids": _local_devices(), "initialization_timeout": timeout}
-        jax.distributed.initialize(coordinator, num_processes, process_id, **options)
-    except (RuntimeError, ValueError) as error:
-        reason = str(error).splitlines()[0]
+        whole = _detect(coordinator, num_processes, process_id, timeout)
+        if None not in whole:
+            _assemble(*whole, timeout)
+        jax.config.update("jax_cpu_collectives_implementation", "gloo")
+        jax.distributed.initialize(*whole, local_device_ids=_local_devices(), initialization_timeout=timeout)
+    except ValueError as error:
+        named = "name --coordinator, --num_processes and --process_id"
+        raise UserError(f"--multihost: the processes cannot find each other ({_first_line(error)}); {named}") from None
+    except RuntimeError as error:
+        reason = _first_line(error)
         raise UserError(f"--multihost: the processes did not find each other ({reason})", PROCESS_LOST) from None
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0]
+
+
+def _detect(
+    coordinator: str | None, num_processes: int | None, process_id: int | None, timeout: int
+) -> tuple[str | None, int | None, int | None]:
+    """These three, with what is None taken from the cluster (SLURM, Open MPI, TPU pods, Kubernetes) if there is one.
+
+    It is jax's own detection, so that both always mean the same processes. No public function has it; where this one
+    is no longer found, jax fills in what is None, and tells less well who did not come.
+    """
+    coordinator = coordinator or os.environ.get("JAX_COORDINATOR_ADDRESS")
+    given = coordinator, num_processes, process_id
+    try:
+        from jax._src.clusters import ClusterEnv
+
+        detect = ClusterEnv.auto_detect_unset_distributed_params
+        arguments = inspect.signature(detect).bind(*given, None, None, timeout)
+    except (ImportError, AttributeError, TypeError):
+        return given
+    return detect(*arguments.args)[:3]
 
 
 def _local_devices() -> list[int] | None:
@@ -55,23 +84,31 @@ def _local_devices() -> list[int] | None:
 def _assemble(coordinator: str, num_processes: int, process_id: int, timeout: int) -> None:
     """Waits until all have come: jax would end a process that waits in vain with a page of stack traces."""
     host, _, port = coordinator.rpartition(":")
-    if not host or not port.isdecimal():
+    if not host or not port.isdecimal() or int(port) > 65535:
         raise UserError(f"--coordinator={coordinator}: must be HOST:PORT")
     deadline = time.monotonic() + timeout
     if process_id:
-        _report_to(host, int(port), deadline, f"--coordinator={coordinator}: not reached within {timeout} s")
+        failure = f"--multihost: process 0, at {coordinator}, was not reached within {timeout} s"
+        _report_to(host.strip("[]"), int(port), deadline, failure)
         return
     try:
-        with socket.create_server(("", int(port))) as server, contextlib.ExitStack() as present:
+        with _server(int(port)) as server, contextlib.ExitStack() as present:
             for count in range(1, num_processes):
                 server.settimeout(max(deadline - time.monotonic(), 0.001))
                 try:
                     present.enter_context(server.accept()[0])
                 except TimeoutError:
-                    message = f"--num_processes={num_processes}: only {count} came within {timeout} s"
+                    message = f"--multihost: only {count} of {num_processes} processes came within {timeout} s"
                     raise UserError(message, PROCESS_LOST) from None
     except OSError as error:
-        raise UserError(f"--coordinator={coordinator}: {error.strerror}", PROCESS_LOST) from None
+        raise UserError(f"--multihost: {coordinator} cannot be used ({error.strerror})", PROCESS_LOST) from None
+
+
+def _server(port: int) -> socket.socket:
+    """Listens at a port of all addresses of this host, as jax does afterwards: of both kinds, where it has both."""
+    if socket.has_dualstack_ipv6():
+        return socket.create_server(("", port), family=socket.AF_INET6, dualstack_ipv6=True)
+    return socket.create_server(("", port))
 
 
 def _report_to(host: str, port: int, deadline: float, failure: str) -> None:
