@@ -225,8 +225,14 @@ def run_identity(config: Config, facts: Sequence[Fact], weights: str) -> dict[st
 
 def _read_result(path: Path) -> TuneResult:
     try:
-        return TuneResult(**json.loads(path.read_text()))
-    except (OSError, ValueError, TypeError) as error:
+        values = json.loads(path.read_text())
+        if not isinstance(values, dict):
+            raise TypeError("not an object")
+        for field in dataclasses.fields(TuneResult):
+            if type(values.get(field.name)) not in (int, field.type):
+                raise TypeError(f'"{field.name}" is not a number')
+        return TuneResult(**values)
+    except (OSError, ValueError, TypeError, RecursionError) as error:
         raise UserError(
             f"{path}: is no result of tune ({error}); remove it and run python -m lamini_jax.tune"
         ) from None

@@ -328,6 +328,8 @@ def _value(field: dataclasses.Field, value: Any, path: str) -> Any:
     _require(not choices or value in choices, name, value, f"must be one of {', '.join(choices)}")
     if field.type is float:
         _require(math.isfinite(value), name, value, "must be a finite number")
+    if field.type is int and "at_most" not in field.metadata:
+        _require(value < 2**31, name, value, "must be below 2147483648")  # arrays have no longer axes
     for bound, limit in field.metadata.items():
         compares, rule = _BOUNDS[bound]
         _require(compares(value, limit), name, value, f"{rule} {limit}")

@@ -10,8 +10,12 @@ PREEMPTED = 75  # everything is saved: start again (EX_TEMPFAIL of sysexits.h)
 
 
 class UserError(Exception):
-    """A mistake that the user can fix. Its message is one line: what is wrong, where, and how to fix it."""
+    """A mistake that the user can fix. Its message is one line: what is wrong, where, and how to fix it.
+
+    Characters that a terminal cannot show, such as a line break in a path, are escaped.
+    """
 
     def __init__(self, message: str, status: int = BAD_INPUT):
-        super().__init__(message)
+        shown = (letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in message)
+        super().__init__("".join(shown))
         self.status = status

@@ -66,7 +66,9 @@ class Asking:
         lines = []
         for record, answer in zip(records, answers, strict=True):
             added = {"generated": answer.text, **self._details(answer)}
-            lines.append(json.dumps({**record, **added}, ensure_ascii=False))
+            line = json.dumps({**record, **added}, ensure_ascii=False)
+            # Half of a character, which UTF-8 cannot hold, becomes the escape that it was in the questions.
+            lines.append(line.encode("utf-8", "backslashreplace").decode())
         workdir.write_text(output, "\n".join(lines) + "\n")
         processes.print_once(f"{len(lines)} answers in {output}")
 

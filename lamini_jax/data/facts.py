@@ -127,7 +127,7 @@ def _records(path: str, example: str) -> Iterator[tuple[int, dict[str, Any]]]:
                 line = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
                 if line.strip():
                     yield number, _record(line, f"{path}, line {number}", example)
-    except FileNotFoundError as error:
+    except (FileNotFoundError, ValueError) as error:  # a path with a NUL is a ValueError
         raise UserError(f"{path}: no such file; check the path") from error
     except IsADirectoryError as error:
         raise UserError(f"{path}: is a directory; name a JSONL file in it") from error

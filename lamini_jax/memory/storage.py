@@ -10,15 +10,19 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
+from lamini_jax.backbone import json_file
 from lamini_jax.backbone.answering import AdapterFn
 from lamini_jax.backbone.frozen_model import Adapters, FrozenModel
+from lamini_jax.backbone.json_file import shown
 from lamini_jax.backbone.transformer import Adapter
-from lamini_jax.config import Config, from_config_dict
+from lamini_jax.config import Config, MemoryConfig, from_config_dict
 from lamini_jax.errors import UserError
+from lamini_jax.index import LOOKUPS
 from lamini_jax.memory import experts, routers, slots
 from lamini_jax.memory.slots import EMPTY_SLOT
 from lamini_jax.runtime import checkpointing, paths, sharding
@@ -47,9 +51,7 @@ def run_config(directory: Path) -> Config:
     if not (directory / "results.json").is_file() or not path.is_file():
         message = "has no finished checkpoint; finish python -m lamini_jax.tune in it first"
         raise UserError(f"--workdir={directory}: {message}")
-    description = json.loads(path.read_text())
-    description["config"]["backbone"]["path"] = description["where"]["backbone"]
-    return _config(path, description)
+    return _config(path, json_file.read(path))
 
 
 def load_run(config: Config, directory: Path, step: int | None = None) -> StoredMemory:
@@ -83,13 +85,15 @@ def load_export(config: Config, directory: Path) -> StoredMemory:
     try:
         with paths.local_file(path) as file:
             tensors = load_file(file)
-    except (OSError, SafetensorError) as error:
+        for name, part in expected.items():
+            if name not in tensors:
+                raise ValueError(f"has no tensor {name}")
+            if tensors[name].shape != part:
+                raise ValueError(f"{name} has shape {tensors[name].shape}; expected {part}")
+            _check_values(name, tensors[name], config.memory)
+    # Of a dtype that numpy does not have it is a KeyError or a TypeError.
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path}: cannot be read ({error}); export it again") from None
-    for name, part in expected.items():
-        if name not in tensors:
-            raise UserError(f"{path}: has no tensor {name}; export it again")
-        if tensors[name].shape != part:
-            raise UserError(f"{path}: {name} has shape {tensors[name].shape}; expected {part}; export it again")
     try:
         router = routers.restore(config, tensors, description["router"])
     except KeyError as error:
@@ -103,6 +107,17 @@ def load_export(config: Config, directory: Path) -> StoredMemory:
         padding = [(0, ids_S.size - len(table_SX)), (0, 0), (0, 0)]
         experts_SR[name] = sharding.put(np.pad(table_SX, padding), *experts.AXES)
     return StoredMemory(router, sharding.put(ids_S), experts_SR, description["backbone"])
+
+
+def _check_values(name: str, tensor: np.ndarray, memory: MemoryConfig) -> None:
+    """Raises ValueError unless ids are of experts of this memory, ascending, and rows are finite numbers."""
+    dtype = np.int32 if name == "expert_ids_S" else jnp.dtype(memory.dtype)
+    if tensor.dtype != dtype:
+        raise ValueError(f"{name} is {tensor.dtype}; expected {np.dtype(dtype)}")
+    if name != "expert_ids_S" and not np.isfinite(tensor).all():
+        raise ValueError(f"{name} holds NaN or infinity")
+    if name == "expert_ids_S" and np.any(np.diff(tensor, prepend=-1, append=memory.num_experts) <= 0):
+        raise ValueError(f"{name} are not ids of experts, ascending")
 
 
 def save_export(directory: Path, config: Config, memory: StoredMemory, expert_ids: np.ndarray | None = None) -> int:
@@ -176,17 +191,23 @@ def _description(directory: Path) -> dict[str, Any]:
     path = directory / _DESCRIPTION
     if not path.is_file():
         raise UserError(f"--memory={directory}: has no {_DESCRIPTION}; python -m lamini_jax.export writes one")
-    try:
-        description = json.loads(path.read_text())
-        if not isinstance(description["backbone"], str) or not isinstance(description["router"], dict):
-            raise TypeError("backbone or router")
-        return {**description, "experts": int(description["experts"])}
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path}: is not the description of a memory ({error}); export it again") from None
+    description = json_file.read(path)
+    for name, kind in {"backbone": str, "router": dict, "experts": int}.items():
+        if type(description.get(name)) is not kind:
+            raise UserError(f'{path}: is not the description of a memory ("{name}"); export it again')
+    return description
 
 
 def _config(path: Path, description: dict[str, Any]) -> Config:
+    """The config in a description, which may say where the backbone is now."""
     try:
-        return from_config_dict(description["config"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path}: does not hold a config ({error})") from None
+        config = from_config_dict(description["config"])
+        if "where" in description:
+            backbone = dataclasses.replace(config.backbone, path=str(description["where"]["backbone"]))
+            config = dataclasses.replace(config, backbone=backbone)
+        experts.check_target(config.memory.target)
+        routers.KINDS[config.router.kind]
+        LOOKUPS[config.router.lookup].check(config.memory.num_experts, config.router.key_dim)
+        return config
+    except (UserError, ValueError, KeyError, TypeError, OverflowError) as error:
+        raise UserError(f"{path}: does not hold a config ({shown(str(error))})") from None

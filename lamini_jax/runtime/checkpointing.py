@@ -161,7 +161,7 @@ class Checkpoints:
                 size, digest = expected[name]
                 if found[name].size != size or _digest(found[name], _ALGORITHMS[len(digest)]) != digest:
                     wrong.add(name)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, TypeError, AttributeError, KeyError, RecursionError) as error:
             if paths.failure(error):
                 raise
             return f"its files cannot be checked ({error})"

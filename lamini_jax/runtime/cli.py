@@ -125,7 +125,7 @@ def _report(error: BaseException) -> int:
     if isinstance(error, KeyboardInterrupt):
         message, status = "interrupted", 128 + signal.SIGINT
     elif isinstance(error, UserError):
-        message, status = f"error: {_printable(str(error))}", error.status
+        message, status = f"error: {error}", error.status
     elif said := paths.failure(error):
         message, status = f"error: the storage failed ({said}); what is saved there is whole: run again", BAD_INPUT
     else:
@@ -139,15 +139,10 @@ def _report(error: BaseException) -> int:
     return status
 
 
-def _printable(text: str) -> str:
-    """The text in one line: characters that a terminal cannot show, such as a line break in a path, are escaped."""
-    return "".join(letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in text)
-
-
 def _explain(error: BaseException) -> tuple[str, int]:
     """The message for an unexpected error, and its status; the traceback is in a file or, with --traceback, in it."""
     text = " ".join(str(error).split())
-    if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in text:
+    if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in text or "Out of memory" in text:
         asked = re.search(r"allocat\w* ([\d.]+ ?[KMGT]?i?B|\d+ bytes)", text)
         missing = f" ({asked[1]} could not be allocated)" if asked else ""
         return f"error: out of memory{missing}; take fewer experts or smaller batches", DOES_NOT_FIT

@@ -14,6 +14,8 @@ import jax
 from lamini_jax.errors import OTHER_RUN, UserError
 from lamini_jax.runtime import cli, paths, processes
 
+_NAMED, _SHOWN = 8, 40  # a message names so many differences, with so many characters of each value
+
 
 def write_json(path: str | os.PathLike, value: Any) -> None:
     """Writes `value` to a file that is never seen half-written. Raises ValueError for NaN and infinities."""
@@ -78,12 +80,15 @@ def open_workdir(workdir: str, identity: Mapping[str, Any], where: Mapping[str, 
             write_json(saved_path, {**identity, "where": where})
         processes.barrier("workdir")
         saved = json.loads(saved_path.read_text())
+        if not isinstance(saved, dict):
+            raise ValueError("not an object")
     except (FileExistsError, NotADirectoryError):
         raise UserError(f"--workdir={workdir}: is a file, or below one, and not a directory") from None
     except OSError as error:
         raise UserError(f"--workdir={workdir}: {error.strerror or error}") from None
-    except json.JSONDecodeError as error:
-        raise UserError(f"{saved_path}: not JSON ({error}); remove {workdir} or use another --workdir") from None
+    except (ValueError, RecursionError) as error:
+        what = f"is no config of a run ({error})"
+        raise UserError(f"{saved_path}: {what}; remove {workdir} or use another --workdir") from None
     found = saved.pop("where", None)
     if saved != identity:
         raise UserError(
@@ -100,7 +105,8 @@ def _differences(saved: Mapping[str, Any], asked: Mapping[str, Any]) -> str:
     old, new = dict(cli.flatten(saved)), dict(cli.flatten(asked))
     changes = []
     for key in dict.fromkeys([*old, *new]):
-        before, after = (json.dumps(values[key]) if key in values else "(absent)" for values in (old, new))
-        if before != after:
+        before, after = (json.dumps(values[key])[:_SHOWN] if key in values else "(absent)" for values in (old, new))
+        if old.get(key, ...) != new.get(key, ...):
             changes.append(f"{key}: {before} -> {after}")
-    return ", ".join(changes)
+    more = f" and {len(changes) - _NAMED} more" if len(changes) > _NAMED else ""
+    return ", ".join(changes[:_NAMED]) + more

@@ -190,6 +190,8 @@ def restore(config: Config, arrays: Arrays, record: dict[str, Any]) -> Router:
             raise UserError(f"has no tensor {name}")
         if arrays[name].shape != shape:
             raise UserError(f"{name} has shape {arrays[name].shape}; expected {shape}")
+        if arrays[name].dtype != np.float32 or not np.isfinite(arrays[name]).all():
+            raise UserError(f"{name} holds what is not a float32 number")
     return _router(config, arrays["mean_D"], arrays["transform_DC"], lookup.restore(*_table(config), record["keys"]))
 
 
