@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import helpers
+import kinds
 import pytest
 from helpers import ROOT
 from refusals import refuse
@@ -71,25 +72,38 @@ def test_overrides_and_files(call, tmp_path):
     assert result.stderr == ""
 
 
-BAD_FLAGS = [
-    (["--nope=1"], ["nope"]),
-    (["--workdri=a"], ["workdir"]),
-    (["stray"], ["stray"]),
-    (["--config.memory.nope=1"], ["--config.memory.nope: no such field; config.memory has num_experts,"]),
-    (["--config.num_experts=1"], ["did you mean --config.memory.num_experts?"]),
-    (["--config.memory={}"], ["--config.memory: no such field"]),
-    (["--config.memory.num_experts=abc"], ["--config.memory.num_experts=abc"]),
-    (["--config.memory.num_experts=1.5"], ["--config.memory.num_experts=1.5"]),
-    (["--config.router.ridge=x"], ["--config.router.ridge=x"]),
-    (["--config.memory.num_experts"], ["--config.memory.num_experts"]),
-    (["--config.memory.top_k=2000000"], ["--config.memory.top_k=2000000"]),
-    (["--config=missing.py"], ["--config=missing.py: no such file"]),
-    (["--config=bad_python.py"], ["bad_python.py: not Python"]),
-    (["--config=no_config.py"], ["get_config()"]),
-    (["--config=wrong_config.py"], ["--config=wrong_config.py"]),
-    (["--config=raising_config.py"], ["oops"]),
-    (["--flagfile=missing"], ["missing"]),
-]
+# kind -> the arguments and the words of the message
+BAD_FLAGS = {
+    "flags: unknown": [
+        (["--nope=1"], ["nope"]),
+        (["--workdri=a"], ["workdir"]),
+        (["stray"], ["stray"]),
+        (["--config.memory.nope=1"], ["--config.memory.nope: no such field; config.memory has num_experts,"]),
+        (["--config.num_experts=1"], ["did you mean --config.memory.num_experts?"]),
+        (["--config.memory={}"], ["--config.memory: no such field"]),
+        (["--flagfile=missing"], ["missing"]),
+    ],
+    "flags: a wrong value": [
+        (["--config.memory.num_experts=abc"], ["--config.memory.num_experts=abc"]),
+        (["--config.memory.num_experts=1.5"], ["--config.memory.num_experts=1.5"]),
+        (["--config.memory.num_experts=2147483648"], ["--config.memory.num_experts=2147483648: must be below"]),
+        (["--config.router.key_dim=1" + 30 * "0"], ["--config.router.key_dim=1000"]),
+        (["--config.seed=4294967296"], ["--config.seed=4294967296"]),
+        (["--config.router.ridge=x"], ["--config.router.ridge=x"]),
+        (["--config.router.ridge=nan"], ["--config.router.ridge=nan: must be a finite number"]),
+        (["--config.memory.num_experts"], ["--config.memory.num_experts"]),
+        (["--config.memory.top_k=2000000"], ["--config.memory.top_k=2000000"]),
+    ],
+    "flags: a config file": [
+        (["--config=missing.py"], ["--config=missing.py: no such file"]),
+        (["--config=bad_python.py"], ["bad_python.py: not Python"]),
+        (["--config=no_config.py"], ["get_config()"]),
+        (["--config=wrong_config.py"], ["--config=wrong_config.py"]),
+        (["--config=raising_config.py"], ["oops"]),
+    ],
+}
+for kind, cases in BAD_FLAGS.items():
+    kinds.instances(kind, (" ".join(arguments) for arguments, _ in cases))
 
 
 def test_bad_flags_are_one_line(call, tmp_path):
@@ -97,7 +111,8 @@ def test_bad_flags_are_one_line(call, tmp_path):
     (tmp_path / "no_config.py").write_text("x = 1\n")
     (tmp_path / "wrong_config.py").write_text("def get_config(): return {'seed': 1}\n")
     (tmp_path / "raising_config.py").write_text("def get_config(): raise ValueError('oops')\n")
-    refuse("small", [([*arguments, "--workdir=a"], told) for arguments, told in BAD_FLAGS], cwd=tmp_path)
+    cases = (case for cases in BAD_FLAGS.values() for case in cases)
+    refuse("small", [([*arguments, "--workdir=a"], told) for arguments, told in cases], cwd=tmp_path)
 
 
 def test_required_flag(call):

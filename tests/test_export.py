@@ -9,6 +9,7 @@ import checkpoints
 import helpers
 import jax
 import jax.numpy as jnp
+import kinds
 import numpy as np
 import pytest
 import reference
@@ -140,41 +141,45 @@ def truncate(path):
 
 
 TENSORS, DESCRIPTION = "memory.safetensors", "memory.json"
-# What happened to an exported memory, and the words of the message.
+# kind -> instance -> (what happened to an exported memory, the words of the message)
 DAMAGES = {
-    "no directory": (lambda d: d.rename(d.with_name("elsewhere")), ["--memory=", "lamini_jax.export"]),
-    "no description": (lambda d: (d / DESCRIPTION).unlink(), ["--memory=", "lamini_jax.export"]),
-    "description truncated": (lambda d: truncate(d / DESCRIPTION), [DESCRIPTION]),
-    "description empty": (lambda d: (d / DESCRIPTION).write_text("{}"), [DESCRIPTION]),
-    "description an array": (lambda d: (d / DESCRIPTION).write_text("[1]"), [DESCRIPTION]),
-    "description not text": (lambda d: (d / DESCRIPTION).write_bytes(b"\xff"), [DESCRIPTION]),
-    "no config": (lambda d: checkpoints.edit(d / DESCRIPTION, config=checkpoints.ABSENT), [DESCRIPTION, "config"]),
-    "config a number": (lambda d: checkpoints.edit(d / DESCRIPTION, config=3), [DESCRIPTION]),
-    "config of words": (lambda d: checkpoints.edit(d / DESCRIPTION, config={"seed": "x"}), [DESCRIPTION]),
-    "no fingerprint": (lambda d: checkpoints.edit(d / DESCRIPTION, backbone=checkpoints.ABSENT), ["backbone"]),
-    "no router": (lambda d: checkpoints.edit(d / DESCRIPTION, router=checkpoints.ABSENT), [DESCRIPTION, "router"]),
-    "router a number": (lambda d: checkpoints.edit(d / DESCRIPTION, router=3), [DESCRIPTION, "router"]),
-    "no kind of router": (lambda d: checkpoints.edit(d / DESCRIPTION, router={"keys": {}}), [DESCRIPTION, "kind"]),
-    "no keys": (lambda d: checkpoints.edit(d / DESCRIPTION, router={"kind": "experts"}), [DESCRIPTION, "keys"]),
-    "no tensors": (lambda d: (d / TENSORS).unlink(), [TENSORS]),
-    "tensors truncated": (lambda d: truncate(d / TENSORS), [TENSORS]),
-    "tensors empty": (lambda d: (d / TENSORS).write_bytes(b""), [TENSORS]),
-    "no ids": (lambda d: change_tensors(d, expert_ids_S=None), [TENSORS, "expert_ids_S"]),
-    "no experts": (lambda d: change_tensors(d, up_SR=None), [TENSORS, "up_SR"]),
-    "no projection": (lambda d: change_tensors(d, transform_DC=None), [TENSORS, "transform_DC"]),
-    "experts of another shape": (
-        lambda d: change_tensors(d, down_SR=np.zeros((3, 2, 96), np.float32)),
-        [TENSORS, "down_SR", "(3, 2, 96)"],
-    ),
-    "projection of another shape": (
-        lambda d: change_tensors(d, mean_D=np.zeros(63, np.float32)),
-        [TENSORS, "mean_D", "(63,)", "(64,)"],
-    ),
-    "keys a number": (lambda d: checkpoints.edit(d / DESCRIPTION, router={"kind": "experts", "keys": 1}), ["keys"]),
-    "other keys": (
-        lambda d: checkpoints.edit(d / DESCRIPTION, router={"kind": "experts", "keys": {"keys_sha256": "1"}}),
-        ["keys"],
-    ),
+    "exports: memory.json": {
+        "no directory": (lambda d: d.rename(d.with_name("elsewhere")), ["--memory=", "lamini_jax.export"]),
+        "no description": (lambda d: (d / DESCRIPTION).unlink(), ["--memory=", "lamini_jax.export"]),
+        "description truncated": (lambda d: truncate(d / DESCRIPTION), [DESCRIPTION]),
+        "description empty": (lambda d: (d / DESCRIPTION).write_text("{}"), [DESCRIPTION]),
+        "description an array": (lambda d: (d / DESCRIPTION).write_text("[1]"), [DESCRIPTION]),
+        "description not text": (lambda d: (d / DESCRIPTION).write_bytes(b"\xff"), [DESCRIPTION]),
+        "no config": (lambda d: checkpoints.edit(d / DESCRIPTION, config=checkpoints.ABSENT), [DESCRIPTION, "config"]),
+        "config a number": (lambda d: checkpoints.edit(d / DESCRIPTION, config=3), [DESCRIPTION]),
+        "config of words": (lambda d: checkpoints.edit(d / DESCRIPTION, config={"seed": "x"}), [DESCRIPTION]),
+        "no fingerprint": (lambda d: checkpoints.edit(d / DESCRIPTION, backbone=checkpoints.ABSENT), ["backbone"]),
+        "no router": (lambda d: checkpoints.edit(d / DESCRIPTION, router=checkpoints.ABSENT), [DESCRIPTION, "router"]),
+        "router a number": (lambda d: checkpoints.edit(d / DESCRIPTION, router=3), [DESCRIPTION, "router"]),
+        "no kind of router": (lambda d: checkpoints.edit(d / DESCRIPTION, router={"keys": {}}), [DESCRIPTION, "kind"]),
+        "no keys": (lambda d: checkpoints.edit(d / DESCRIPTION, router={"kind": "experts"}), [DESCRIPTION, "keys"]),
+        "keys a number": (lambda d: checkpoints.edit(d / DESCRIPTION, router={"kind": "experts", "keys": 1}), ["keys"]),
+        "other keys": (
+            lambda d: checkpoints.edit(d / DESCRIPTION, router={"kind": "experts", "keys": {"keys_sha256": "1"}}),
+            ["keys"],
+        ),
+    },
+    "exports: memory.safetensors": {
+        "no tensors": (lambda d: (d / TENSORS).unlink(), [TENSORS]),
+        "tensors truncated": (lambda d: truncate(d / TENSORS), [TENSORS]),
+        "tensors empty": (lambda d: (d / TENSORS).write_bytes(b""), [TENSORS]),
+        "no ids": (lambda d: change_tensors(d, expert_ids_S=None), [TENSORS, "expert_ids_S"]),
+        "no experts": (lambda d: change_tensors(d, up_SR=None), [TENSORS, "up_SR"]),
+        "no projection": (lambda d: change_tensors(d, transform_DC=None), [TENSORS, "transform_DC"]),
+        "experts of another shape": (
+            lambda d: change_tensors(d, down_SR=np.zeros((3, 2, 96), np.float32)),
+            [TENSORS, "down_SR", "(3, 2, 96)"],
+        ),
+        "projection of another shape": (
+            lambda d: change_tensors(d, mean_D=np.zeros(63, np.float32)),
+            [TENSORS, "mean_D", "(63,)", "(64,)"],
+        ),
+    },
 }
 
 
@@ -185,10 +190,9 @@ def exported(world, tmp_path_factory):
     return directory
 
 
-@pytest.mark.parametrize("name", DAMAGES)
-def test_a_damaged_memory_is_one_line(name, exported, tmp_path):
+@pytest.mark.parametrize("damage, words", kinds.cases(DAMAGES))
+def test_a_damaged_memory_is_one_line(damage, words, exported, tmp_path):
     directory = shutil.copytree(exported, tmp_path / "out")
-    damage, words = DAMAGES[name]
     damage(directory)
     assert_one_line(lambda: storage.load_export(storage.export_config(directory), directory), *words)
 

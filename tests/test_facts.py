@@ -1,7 +1,9 @@
 """Facts: what a user's file may and may not hold, and answers that are random."""
 
+import gzip
 import json
 
+import kinds
 import numpy as np
 import pytest
 
@@ -51,30 +53,49 @@ def test_exactly_max_seq_len_tokens_fit(tmp_path):
         read(write(tmp_path, json.dumps({"question": "Who?", "answer": answer + "x"})))
 
 
+# kind -> instance -> the line
 BAD_LINES = {
-    "not JSON": "who is it",
-    "cut off": '{"question": "a", "answer',
-    "nested too deeply": "[" * 100_000,
-    "a number of 10,000 digits": "9" * 10_000,
-    "an array": '["a", "b"]',
-    "a string": '"a"',
-    "no question": '{"answer": "b"}',
-    "null question": '{"question": null, "answer": "b"}',
-    "empty question": '{"question": "", "answer": "b"}',
-    "blank question": '{"question": " \\t", "answer": "b"}',
-    "too long": json.dumps({"question": "é" * 200, "answer": "b"}),
-    "not UTF-8": b'{"question": "caf\xe9", "answer": "b"}',
-    "UTF-16": GOOD.encode("utf-16"),
-    "lone surrogate": '{"question": "a\\ud800b", "answer": "b"}',
+    "lines: not JSON": {
+        "words": "who is it",
+        "cut off": '{"question": "a", "answer',
+        "CSV": "question,answer",
+        "nested too deeply": "[" * 100_000,
+        "a number of 10,000 digits": "9" * 10_000,
+        "NaN": '{"question": "a", "answer": "b", "score": NaN}',
+        "a number beyond floats": '{"question": "a", "answer": "b", "score": 1e999}',
+        "a key twice": '{"question": "a", "answer": "b", "question": "c"}',
+    },
+    "lines: not UTF-8": {
+        "Latin-1": b'{"question": "caf\xe9", "answer": "b"}',
+        "UTF-16": GOOD.encode("utf-16"),
+        "gzip": gzip.compress(GOOD.encode()),
+        "NUL": b"\0" * 20,
+    },
+    "lines: not an object": {"an array": '["a", "b"]', "a string": '"a"', "a number": "1", "null": "null"},
+    "questions": {
+        "none": '{"answer": "b"}',
+        "null": '{"question": null, "answer": "b"}',
+        "empty": '{"question": "", "answer": "b"}',
+        "blank": '{"question": " \\t", "answer": "b"}',
+        "too long": json.dumps({"question": "\u00e9" * 200, "answer": "b"}),
+        "half of a character": '{"question": "a\\ud800b", "answer": "b"}',
+    },
 }
-BAD_FACTS = BAD_LINES | {
-    "no answer": '{"question": "a"}',
-    "a number": '{"question": "a", "answer": 1}',
-    "empty answer": '{"question": "a", "answer": ""}',
-    "blank answer": '{"question": "a", "answer": "\\n"}',
-    "lone surrogate in the answer": '{"question": "a", "answer": "\\udfff"}',
-    "another answer": '{"question": "Who?", "answer": "You"}',
+BAD_ANSWERS = {
+    "answers": {
+        "none": '{"question": "a"}',
+        "a number": '{"question": "a", "answer": 1}',
+        "a list": '{"question": "a", "answer": ["b"]}',
+        "empty": '{"question": "a", "answer": ""}',
+        "blank": '{"question": "a", "answer": "\\n"}',
+        "half of a character": '{"question": "a", "answer": "\\udfff"}',
+        "another than before": '{"question": "Who?", "answer": "You"}',
+        "too long": json.dumps({"question": "a", "answer": "b" * 300}),
+    },
 }
+
+
+LINES = kinds.cases(BAD_LINES)
 
 
 def assert_names_file_and_line(error, line):
@@ -84,17 +105,17 @@ def assert_names_file_and_line(error, line):
     message.encode()  # what a terminal cannot print helps nobody
 
 
-@pytest.mark.parametrize("name", BAD_FACTS)
-def test_bad_facts_name_file_and_line(tmp_path, name):
+@pytest.mark.parametrize("line", [*kinds.cases(BAD_ANSWERS), *LINES])
+def test_bad_facts_name_file_and_line(tmp_path, line):
     with pytest.raises(UserError) as error:
-        read(write(tmp_path, GOOD, "", BAD_FACTS[name]))
+        read(write(tmp_path, GOOD, "", line))
     assert_names_file_and_line(error, 3)
 
 
-@pytest.mark.parametrize("name", BAD_LINES)
-def test_bad_questions_name_file_and_line(tmp_path, name):
+@pytest.mark.parametrize("line", LINES)
+def test_bad_questions_name_file_and_line(tmp_path, line):
     with pytest.raises(UserError) as error:
-        facts.read_questions(write(tmp_path, GOOD, "", BAD_LINES[name]), ByteTokenizer(), MAX_SEQ_LEN)
+        facts.read_questions(write(tmp_path, GOOD, "", line), ByteTokenizer(), MAX_SEQ_LEN)
     assert_names_file_and_line(error, 3)
 
 

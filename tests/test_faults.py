@@ -10,6 +10,7 @@ import subprocess
 import sys
 
 import helpers
+import kinds
 import pytest
 
 import lamini_jax
@@ -25,19 +26,27 @@ CONFIG = lamini_jax.Config(
     tuning=helpers.replace(helpers.CONFIG, tuning={"epochs": 300}).tuning,
     data=DataConfig(count=2),
 )
-ODD_NAMES = {
-    "brackets": "[lab] data",
-    "backslash": "a\\b",
-    "star": "a*b",
-    "question mark": "a?b",
-    "braces": "{x}",
-    "quotes": "a'b\"c",
-    "unicode": "données 日本",
-    "line break": "a\nb",
-    "percent": "a%20b",
-    "leading blank and tilde": " ~x",
-    "dollar and semicolon": "a$HOME;b",
-    "colon and comma": "a:b,c",
+# kind -> instance -> the path of a work directory, from where the command is
+ODD_PATHS = {
+    "paths: patterns": {"brackets": "[lab] data", "star": "a*b", "question mark": "a?b", "braces": "{x}"},
+    "paths: the shell's": {
+        "backslash": "a\\b",
+        "quotes": "a'b\"c",
+        "tilde": "~x",
+        "blanks around": " a  b ",
+        "a dash": "-x",
+    },
+    "paths: letters": {
+        "unicode": "donn\u00e9es \u65e5\u672c",
+        "line break": "a\nb",
+        "not UTF-8": "a\udcffb",
+        "percent": "a%20b",
+    },
+    "paths: ways": {
+        "slashes at the end": "a///",
+        "a link": "link",
+        "long": "a" * 200 + "/" + "b" * 200,
+    },
 }
 
 
@@ -58,22 +67,15 @@ def steps(directory):
     return sorted(int(path.name) for path in (directory / "checkpoints").iterdir() if path.name.isdecimal())
 
 
-@pytest.mark.parametrize("name", ODD_NAMES.values(), ids=ODD_NAMES)
-def test_what_is_saved_under_any_name_is_read_back(tmp_path, name):
-    checkpoints = checkpointing.Checkpoints(tmp_path / name)
-    checkpoints.save(3, {"a": [helpers.jnp.arange(6.0).reshape(3, 2)]}, {"b": helpers.np.arange(4)}, {"c": 1})
-    checkpoints.close()
-    saved = checkpointing.Checkpoints(tmp_path / name).latest()
-    assert saved.step == 3 and saved.record["c"] == 1
-    assert saved.tables["a"][0].tolist() == [[0, 1], [2, 3], [4, 5]] and saved.arrays["b"].tolist() == [0, 1, 2, 3]
-    assert (tmp_path / name / "3").is_dir()
-
-
-def test_a_memory_in_an_odd_directory_answers(finished):
-    directory, result = finished
-    assert result.holding == 2
-    memory = lamini_jax.load(directory)
-    assert [answer.text for answer in memory.ask([fact.question for fact in FACTS])] == [fact.answer for fact in FACTS]
+@pytest.mark.parametrize("path", kinds.cases(ODD_PATHS))
+def test_a_memory_tuned_under_any_path_answers(path, finished, tmp_path, monkeypatch):
+    """Tuned there, found finished, and asked; nothing is left elsewhere."""
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "link").symlink_to("elsewhere")
+    monkeypatch.chdir(tmp_path)
+    first = api.tune(FACTS, path, CONFIG)
+    assert first == api.tune(FACTS, path, CONFIG) and first.holding == 2
+    assert lamini_jax.load(path).ask(FACTS[1].question).text == FACTS[1].answer
 
 
 def test_a_missing_checkpoint_is_not_answered_from_an_older_one(copied):

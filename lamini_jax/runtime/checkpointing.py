@@ -31,7 +31,8 @@ from lamini_jax.runtime import paths, processes, sharding
 # Saving takes about this share of a run's time at most, and there are at least so many seconds between two saves.
 _SHARE = 0.1
 _SECONDS = 15.0
-# Orbax treats a path with one of these as a pattern of names: it writes nothing readable there, and only logs that.
+# Orbax treats a path with one of these as a pattern of names: it writes nothing readable there, and only logs that. A
+# path that is not UTF-8 it cannot write at all.
 _PATTERN = frozenset("*?[]\\")
 _ALGORITHMS = {32: "md5", 64: "sha256"}  # of a manifest's hashes, by how many digits they have
 
@@ -192,7 +193,8 @@ def _digest(file: paths.File, algorithm: str) -> str:
 
 def _without_pattern(directory: Path) -> Path:
     """A path to the directory that Orbax does not treat as a pattern: its own, or that of a temporary link to it."""
-    if not _PATTERN & set(str(directory)):
+    as_utf8 = str(directory).encode("utf-8", "replace").decode()  # with question marks for what is not UTF-8
+    if not _PATTERN & set(as_utf8):
         return directory
     directory.mkdir(parents=True, exist_ok=True)
     link = Path(tempfile.gettempdir()) / f"lamini_jax-{hashlib.sha256(os.fsencode(directory)).hexdigest()[:32]}"
