@@ -174,14 +174,21 @@ def tune(facts: Facts, directory: str | os.PathLike, config: Config | None = Non
     was stopped; a finished result whose facts all hold is returned at once. Raises UserError for bad facts, or for a
     directory of another run.
     """
-    from lamini_jax import training  # here, so that answering imports no training
-    from lamini_jax.configure import configure
+    from lamini_jax.configure import configure  # here, so that answering imports no training
 
     config = configure(to_config_dict(config or Config()))
     facts = read_facts(facts, config)
     model = frozen_model.load(config)
     where = {"backbone": config.backbone.path}
     directory = workdir.open_workdir(directory, run_identity(config, facts, model.fingerprint), where)
+    with workdir.alone(directory):
+        return _tune(config, model, facts, directory)
+
+
+def _tune(config: Config, model: FrozenModel, facts: list[Fact], directory: Path) -> TuneResult:
+    """`tune` in a work directory that belongs to this run."""
+    from lamini_jax import training  # here, so that answering imports no training
+
     previous = directory / "results.json"
     if previous.exists():
         result = _read_result(previous)

@@ -1,12 +1,16 @@
 """`tune` and `ask` as their users meet them: what they print, what they leave behind, and how they end."""
 
 import json
+import shutil
+import subprocess
+import sys
 
 import helpers
 import pytest
 from refusals import refuse
 
-from lamini_jax.errors import OTHER_RUN
+from lamini_jax.errors import BAD_INPUT, OTHER_RUN
+from lamini_jax.runtime.workdir import alone
 
 FACTS = helpers.some_facts(2, answer_length=3)
 FLAGS = (
@@ -15,6 +19,11 @@ FLAGS = (
     "--config.tuning.optimizer.name=adam",
     "--config.tuning.optimizer.learning_rate=0.1",
     "--config.tuning.batch_size=2",
+)
+
+HOLD = (
+    "import sys, time; from lamini_jax.runtime import workdir\n"
+    "with workdir.alone(sys.argv[1]): print('x', flush=True); time.sleep(60)"
 )
 
 
@@ -160,3 +169,54 @@ def test_ask_refuses_bad_input(finished, facts, tmp_path):
     )
     refuse("lamini_jax.ask", cases)
     assert contents(tmp_path) == before
+
+
+def test_a_directory_in_which_a_run_is_at_work(finished, facts, tmp_path):
+    """A second one says so and changes nothing; when the first has ended, however it did, another may begin."""
+    workdir, _ = finished
+    arguments = [f"--facts={facts}", f"--workdir={workdir}", "--config.tuning.epochs=300", *FLAGS]
+    before = contents(workdir)
+    with alone(workdir):
+        refuse("lamini_jax.tune", [(arguments, [f"--workdir={workdir}", "another run is at work in it"])])
+    assert contents(workdir) == before
+    killed = subprocess.Popen([sys.executable, "-c", HOLD, str(workdir)], stdout=subprocess.PIPE)
+    assert killed.stdout.read(1) == b"x"
+    killed.kill()
+    killed.communicate()
+    with alone(workdir):
+        pass
+
+
+def test_several_commands_at_once(finished, tmp_path):
+    """They answer and export as each does alone."""
+    flag = f"--workdir={finished[0]}"
+    asking = [helpers.start("ask", flag, f"--question={FACTS[0].question}") for _ in range(2)]
+    exporting = [helpers.start("export", flag, f"--output={tmp_path / name}") for name in "ab"]
+    results = [helpers.finish(process) for process in (*asking, *exporting)]
+    assert [result.returncode for result in results] == [0] * 4, results
+    assert [result.stdout for result in results[:2]] == [FACTS[0].answer + "\n"] * 2
+    assert contents(tmp_path / "a") == contents(tmp_path / "b") and len(contents(tmp_path / "a")) == 2
+
+
+def test_asking_and_exporting_while_it_tunes(stopped, facts, tmp_path):
+    """Each ends well or in one line; the run is not disturbed."""
+    for path, content in stopped[2].items():
+        place = tmp_path / "run" / path
+        place.parent.mkdir(parents=True, exist_ok=True)
+        place.mkdir(exist_ok=True) if content is False else place.write_bytes(content)
+    flag, output = f"--workdir={tmp_path / 'run'}", tmp_path / "exported"
+    tuning = helpers.start("tune", f"--facts={facts}", flag, "--config.tuning.epochs=300", *FLAGS)
+    results = []
+    while tuning.poll() is None:
+        both = (
+            helpers.start("ask", flag, "--question=Who?"),
+            helpers.start("export", flag, f"--output={output}"),
+        )
+        results += [helpers.finish(process) for process in both]
+        shutil.rmtree(output, ignore_errors=True)
+    assert helpers.finish(tuning).returncode == 0 and results
+    for result in results:
+        lines = [line for line in result.stderr.splitlines() if not line.startswith("WARNING")]
+        assert (result.returncode, len(lines)) in ((0, 0), (BAD_INPUT, 1)), (result.stdout, result.stderr)
+    result = helpers.call("ask", flag, f"--question={FACTS[0].question}")
+    assert (result.returncode, result.stdout) == (0, FACTS[0].answer + "\n")

@@ -50,6 +50,26 @@ ODD_PATHS = {
 }
 
 
+DAMAGES = {
+    "a byte more": lambda whole: whole + b"x",
+    "a byte less": lambda whole: whole[:-1],
+    "another byte": lambda whole: bytes([whole[0] ^ 1]) + whole[1:] if whole else b"x",
+}
+kinds.instances("checkpoints: any file", [*DAMAGES, "missing"])
+NO_RESULTS = {
+    "results.json: no result": {
+        "empty": "",
+        "a list": "[]",
+        "nothing": "{}",
+        "too little": '{"facts": 2}',
+        "too much": '{"holding": 2, "more": 1}',
+        "words": json.dumps(dict.fromkeys(api.TuneResult.__dataclass_fields__, "2")),
+        "nested": "[" * 100_000,
+    }
+}
+kinds.instances("streams", ["full output", "closed input", "not UTF-8", "a line too long", "a reader that has enough"])
+
+
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     """A run whose facts hold, in a directory whose name is a pattern, and its result."""
@@ -97,7 +117,7 @@ def test_any_damaged_file_of_a_checkpoint_is_found(copied):
     assert len(files) > 5
     for path in files:
         whole = path.read_bytes()
-        for damage in (whole + b"x", whole[:-1], bytes([whole[0] ^ 1]) + whole[1:] if whole else b"x"):
+        for damage in (make(whole) for make in DAMAGES.values()):
             path.write_bytes(damage)
             if damage != whole:
                 with pytest.raises(UserError, match="missing or damaged") as caught:
@@ -208,7 +228,7 @@ def test_a_memory_whose_facts_do_not_all_hold_says_so(copied, caplog):
     assert "1 of 2 facts of this memory do not hold" in caplog.text
 
 
-@pytest.mark.parametrize("content", ["", "[]", "{}", '{"facts": 2}', '{"holding": 2, "more": 1}'])
+@pytest.mark.parametrize("content", kinds.cases(NO_RESULTS))
 def test_results_that_are_none(copied, content):
     """One line that says what to do, from whoever reads it."""
     (copied / "results.json").write_text(content)

@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import helpers
+import kinds
 import numpy as np
 import pytest
 
@@ -169,7 +170,7 @@ def task(cluster, index, port, *command):
     )
 
 
-@pytest.mark.parametrize("cluster", CLUSTERS)
+@pytest.mark.parametrize("cluster", kinds.cases({"processes: alone": dict(zip(CLUSTERS, CLUSTERS, strict=True))}))
 def test_a_task_of_a_cluster_that_stays_alone(cluster, tmp_path):
     """One line, soon."""
     flags = ["--facts=none.jsonl", f"--workdir={tmp_path / 'run'}", "--multihost", "--join_timeout=2"]

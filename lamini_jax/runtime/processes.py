@@ -86,6 +86,8 @@ def _assemble(coordinator: str, num_processes: int, process_id: int, timeout: in
     host, _, port = coordinator.rpartition(":")
     if not host or not port.isdecimal() or int(port) > 65535:
         raise UserError(f"--coordinator={coordinator}: must be HOST:PORT")
+    if process_id >= num_processes:
+        raise UserError(f"--process_id={process_id}: must be below the number of processes, {num_processes}")
     deadline = time.monotonic() + timeout
     if process_id:
         failure = f"--multihost: process 0, at {coordinator}, was not reached within {timeout} s"

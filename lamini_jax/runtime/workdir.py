@@ -1,5 +1,7 @@
 """Work directories: each belongs to one run, and no file that is written here is ever seen half-written."""
 
+import contextlib
+import fcntl
 import importlib.metadata
 import json
 import os
@@ -99,6 +101,28 @@ def open_workdir(workdir: str, identity: Mapping[str, Any], where: Mapping[str, 
     if found != where:
         write_json(saved_path, {**identity, "where": where})
     return directory
+
+
+@contextlib.contextmanager
+def alone(directory: Path):
+    """Inside this context no other run is at work in a directory. Raises UserError if one is there already.
+
+    The lock ends with the process, however that ends, and leaves no file. Storage that has no locks is not guarded.
+    """
+    handle, taken = None, False
+    try:
+        if processes.is_primary():
+            try:
+                handle = os.open(directory, os.O_RDONLY)
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                taken = isinstance(error, BlockingIOError)
+        if processes.broadcast(taken):
+            raise UserError(f"--workdir={directory}: another run is at work in it; wait, or use another --workdir")
+        yield
+    finally:
+        if handle is not None:
+            os.close(handle)
 
 
 def _differences(saved: Mapping[str, Any], asked: Mapping[str, Any]) -> str:
