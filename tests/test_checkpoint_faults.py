@@ -86,7 +86,7 @@ CONFIGS = {
     ),
     "config.json: not understood": {
         **keys(surprise=1, another=True, something=[1], thing={"a": 1}),
-        "two\nlines": ({"two\nlines": 1}, ["two\\nlines"]),
+        "two lines": ({"two\nlines": 1}, ["two\\nlines"]),
         "half of a character": ({"\ud800": "\ud800"}, ["ud800"]),
     },
     "config.json: rotary scaling": {
