@@ -15,7 +15,7 @@ from absl import flags
 from lamini_jax import api, exports
 from lamini_jax.config import Config, MeshConfig
 from lamini_jax.errors import UserError
-from lamini_jax.runtime import cli, sharding
+from lamini_jax.runtime import cli
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Work directory of a finished `lamini_jax.tune`.")
 _OUTPUT = flags.DEFINE_string("output", None, "Directory to write; it must not exist.", required=True)
@@ -33,7 +33,7 @@ def main() -> None:
     if _QUESTIONS.value is not None and _FORMAT.value != "memory":
         raise UserError(f"--questions does not go with --format={_FORMAT.value}")
     source = _WORKDIR.value and api.run_source(_WORKDIR.value).with_backbone(_BACKBONE.value)
-    sharding.set_mesh(MeshConfig())
+    cli.use_devices(MeshConfig())
     if _FORMAT.value == "backbone":
         written = exports.backbone(source.config if source else Config(), _OUTPUT.value)
     elif _FORMAT.value == "peft":

@@ -172,6 +172,10 @@ def test_the_edges_of_a_process(finished):
     assert result.returncode == BAD_INPUT and result.stderr.count("\n") == 1 and "No space left" in result.stderr
     result = ask(directory, question, environment={"JAX_PLATFORMS": "cuda"})
     assert result.returncode == DEVICES and result.stderr.count("\n") == 1 and "JAX_PLATFORMS=cuda" in result.stderr
+    command = [sys.executable, "-m", "lamini_jax.export", f"--workdir={directory}", f"--output={directory}/exported"]
+    environment = {**os.environ, "PYTHONPATH": str(helpers.ROOT), "JAX_PLATFORMS": "cuda"}
+    result = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert result.returncode == DEVICES and result.stderr.count("\n") == 1 and "JAX_PLATFORMS=cuda" in result.stderr
     result = ask(directory, question, environment={"JAX_ENABLE_X64": "1", "PYTHONIOENCODING": "ascii"})
     assert (result.returncode, result.stdout) == (0, FACTS[0].answer + "\n")
     closed = f"{sys.executable} -m lamini_jax.ask --workdir='{directory}' <&-"

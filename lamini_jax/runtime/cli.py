@@ -71,17 +71,24 @@ def define_processes() -> None:
 
 def start(mesh: config_lib.MeshConfig) -> None:
     """Joins the other processes, if there are any, and makes the mesh of all devices ambient."""
-    import jax
-
-    from lamini_jax.runtime import processes, sharding
+    from lamini_jax.runtime import processes
 
     f = flags.FLAGS
-    jax.config.update("jax_enable_x64", False)  # JAX_ENABLE_X64 would change every number
-    user_cache.use(_CACHE.value)
     if f.multihost:
         processes.start(f.coordinator, f.num_processes, f.process_id, f.join_timeout)
     elif f.coordinator or f.num_processes or f.process_id is not None:
         raise UserError("--coordinator, --num_processes and --process_id go with --multihost")
+    use_devices(mesh)
+
+
+def use_devices(mesh: config_lib.MeshConfig) -> None:
+    """Makes the mesh of all devices ambient. Raises UserError (DEVICES) if there are none, or others."""
+    import jax
+
+    from lamini_jax.runtime import sharding
+
+    jax.config.update("jax_enable_x64", False)  # JAX_ENABLE_X64 would change every number
+    user_cache.use(_CACHE.value)
     try:
         jax.devices()
     except (RuntimeError, AssertionError) as error:  # what jax says where JAX_PLATFORMS names a device that is not here
