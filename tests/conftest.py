@@ -1,16 +1,24 @@
-"""Every test: on the CPU, with implicit broadcasting of ranks refused, and with data files of its own."""
+"""Every test: on the CPU, with implicit broadcasting of ranks refused, with data files and a cache of its own."""
 
+import atexit
 import os
+import shutil
+import tempfile
 
 # Before anything imports jax. Compiled in a hurry: nothing here is timed, and compiling is most of what tests do.
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
+# Not the user's: one that all tests and the processes that they start have in common, for as long as they run.
+if not {"PYTEST_CURRENT_TEST", "PYTEST_XDIST_WORKER"} & set(os.environ):
+    os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="lamini_jax_tests_")
+    atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
 
 import helpers
 import jax
 import pytest
 
 from lamini_jax.memory import routers
+from lamini_jax.runtime import user_cache
 from lamini_jax.training import MemoryMethod
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -21,14 +29,9 @@ collect_ignore = [] if "device_count" in os.environ.get("XLA_FLAGS", "") else ["
 
 @pytest.fixture(autouse=True, scope="session")
 def directories(tmp_path_factory):
-    """Datasets, and compiled programs that all tests and the processes they start have in common."""
-    own = tmp_path_factory.getbasetemp()
-    compiled = str((own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "compiled")
-    jax.config.update("jax_compilation_cache_dir", compiled)
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+    """Datasets, and what is kept in the cache."""
+    user_cache.use(user_cache.default())
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("JAX_COMPILATION_CACHE_DIR", compiled)
-        patch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
         patch.setenv("LAMINI_JAX_DATA", str(tmp_path_factory.mktemp("data")))
         yield
 

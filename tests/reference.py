@@ -1,5 +1,7 @@
 """What a Hugging Face checkpoint computes, in plain float64 numpy: one sequence, one head, one position at a time.
 
+A linear layer may have a LoRA that acts from some position on.
+
 It reads the files by itself and shares no code with the package.
 """
 
@@ -13,13 +15,18 @@ import pytest
 _DTYPES = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
 
 
-def logits(directory: Path, tokens_BT: np.ndarray) -> np.ndarray:
-    """logits_BTV of the model in this directory."""
+def logits(directory: Path, tokens_BT: np.ndarray, loras_B: list[dict] | None = None) -> np.ndarray:
+    """logits_BTV of the model in this directory.
+
+    `loras_B` are the LoRAs of each sequence, from a linear layer's name to its (down_KI, up_KO, first position).
+    """
     config = json.loads((directory / "config.json").read_text())
     tensors = {}
     for file in directory.glob("*.safetensors"):
         tensors |= _tensors(file)
-    return np.stack([_sequence(config, tensors, tokens_T) for tokens_T in tokens_BT])
+    added_B = [{f"{name}.lora": lora for name, lora in loras.items()} for loras in loras_B or [{}] * len(tokens_BT)]
+    pairs = zip(tokens_BT, added_B, strict=True)
+    return np.stack([_sequence(config, tensors | added, tokens_T) for tokens_T, added in pairs])
 
 
 def transformers_logits(directory: Path, tokens_BT: np.ndarray) -> np.ndarray:
@@ -70,9 +77,9 @@ def _norm(x_TD, scale_D, eps):
 
 
 def _mlp(block, x_TD):
-    gate_TF = x_TD @ block["mlp.gate_proj.weight"].T
-    up_TF = x_TD @ block["mlp.up_proj.weight"].T
-    return (gate_TF / (1 + np.exp(-gate_TF)) * up_TF) @ block["mlp.down_proj.weight"].T
+    gate_TF = _linear(block, "mlp.gate_proj", x_TD)
+    up_TF = _linear(block, "mlp.up_proj", x_TD)
+    return _linear(block, "mlp.down_proj", gate_TF / (1 + np.exp(-gate_TF)) * up_TF)
 
 
 def _attention(config, block, layer, x_TD):
@@ -80,7 +87,9 @@ def _attention(config, block, layer, x_TD):
     width = config.get("head_dim") or config["hidden_size"] // heads
     group = heads // config.get("num_key_value_heads", heads)
     frequencies = rotary_frequencies(config, width)
-    q_THW, k_TGW, v_TGW = (_project(block, name, x_TD).reshape(len(x_TD), -1, width) for name in "qkv")
+    q_THW, k_TGW, v_TGW = (
+        _linear(block, f"self_attn.{name}_proj", x_TD).reshape(len(x_TD), -1, width) for name in "qkv"
+    )
     if config["model_type"] == "qwen3":
         q_THW = _norm(q_THW, block["self_attn.q_norm.weight"], config["rms_norm_eps"])
         k_TGW = _norm(k_TGW, block["self_attn.k_norm.weight"], config["rms_norm_eps"])
@@ -94,11 +103,15 @@ def _attention(config, block, layer, x_TD):
             scores_S = k_TW[seen] @ q_TW[position] / np.sqrt(width)
             weights_S = np.exp(scores_S - scores_S.max())
             mixed_THW[position, head] = weights_S @ v_TGW[seen, head // group] / weights_S.sum()
-    return mixed_THW.reshape(len(x_TD), -1) @ block["self_attn.o_proj.weight"].T
+    return _linear(block, "self_attn.o_proj", mixed_THW.reshape(len(x_TD), -1))
 
 
-def _project(block, name, x_TD):
-    return x_TD @ block[f"self_attn.{name}_proj.weight"].T + block.get(f"self_attn.{name}_proj.bias", 0.0)
+def _linear(block, name, x_TI):
+    y_TO = x_TI @ block[f"{name}.weight"].T + block.get(f"{name}.bias", 0.0)
+    if f"{name}.lora" in block:
+        down_KI, up_KO, first = block[f"{name}.lora"]
+        y_TO[first:] += x_TI[first:] @ down_KI.T @ up_KO
+    return y_TO
 
 
 def _window(config, layer):

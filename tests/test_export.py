@@ -213,7 +213,7 @@ HALVES |= dict.fromkeys(("gate_proj", "up_proj", "down_proj"), "mlp")
 @pytest.fixture(scope="module", params=HALVES)
 def adapter(request, world, tmp_path_factory):
     """The experts of one question as an adapter: a world of that target, the question's Adapters, the directory."""
-    config = helpers.replace(world.config, memory={"target": request.param})
+    config = helpers.replace(world.config, memory={"target": request.param, "positions": "all"})
     tuned = random_memory(config, world.model, world.memory.router, np.asarray(world.memory.expert_ids_S))
     prompt_BT = np.array([world.model.tokenizer.prompt(QUESTIONS[0])], np.int32)
     adapter_fn = storage.adapter_fn(world.model, tuned, config)

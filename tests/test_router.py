@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from lamini_jax.backbone import answering
+from lamini_jax.config import router_layer
 from lamini_jax.data import batches
 from lamini_jax.errors import UserError
 from lamini_jax.memory import experts, routers, storage
@@ -16,6 +17,7 @@ from lamini_jax.memory.routers import NO_EXPERT
 from lamini_jax.memory.routers import experts as expert_router
 
 K = helpers.CONFIG.memory.top_k
+LAYER = router_layer(helpers.CONFIG)
 QUESTIONS = [fact.question for fact in helpers.some_facts(70)] + ["Who?", "Which one of these is " + 50 * "x"]
 
 
@@ -73,7 +75,7 @@ def test_each_question_has_k_experts_of_equal_weight(model, router, expert_ids_F
 def test_selection_is_that_of_a_plain_search(model, router, expert_ids_FK):
     for index in (0, 33, 70, 71):
         tokens_BT, length_B = prompt_of(QUESTIONS[index])
-        feature_D = np.asarray(expert_router.features(model, tokens_BT, length_B), np.float64)[0]
+        feature_D = np.asarray(expert_router.features(model, tokens_BT, length_B, LAYER), np.float64)[0]
         query_C = (feature_D - np.asarray(router.mean_D)) @ np.asarray(router.transform_DC, np.float64)
         if router.lookup == "product":  # whose halves weigh the same
             query_C = np.concatenate([half / np.linalg.norm(half) for half in np.split(query_C, 2)])
@@ -131,16 +133,18 @@ def test_features_are_of_the_question_alone(model):
     tokens_BT, length_B = prompt_of(QUESTIONS[0])
     answered_BT = tokens_BT.copy()
     answered_BT[0, length_B[0] : length_B[0] + 5] = helpers.TOKENIZER.completion("9X3F")
-    before, after = (expert_router.features(model, t, length_B) for t in (tokens_BT, answered_BT))
+    before, after = (expert_router.features(model, t, length_B, LAYER) for t in (tokens_BT, answered_BT))
     assert helpers.same_bits(before, after)
     tokens_BT[0, 1] += 1
-    assert not helpers.same_bits(before, expert_router.features(model, tokens_BT, length_B))
+    assert not helpers.same_bits(before, expert_router.features(model, tokens_BT, length_B, LAYER))
 
 
 def test_pool_by_hand():
-    hidden_BTD = np.array([[[3.0, 3.0], [0.0, 2.0], [5.0, 7.0]]], np.float32)
+    hidden_BTD = np.array([[[8.0, 1.0], [3.0, 3.0], [0.0, 2.0], [5.0, 7.0]]], np.float32)
     expected = (np.array([1.0, 1.0]) + np.array([0.0, 2**0.5])) / 2
-    np.testing.assert_allclose(expert_router.pool(hidden_BTD, np.array([2])), [expected], rtol=1e-5)
+    own_BT = np.array([[False, True, True, False]])
+    np.testing.assert_allclose(expert_router.pool(hidden_BTD, own_BT), [expected], rtol=1e-5)
+    assert not np.asarray(expert_router.pool(hidden_BTD, np.zeros((1, 4), bool))).any()  # an empty question
 
 
 def test_training_is_a_function_of_seed_and_features():

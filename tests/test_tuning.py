@@ -102,12 +102,15 @@ def test_padding_changes_nothing(method):
 @pytest.fixture(scope="module")
 def crowded(model):
     """Facts that share experts, within a batch too; plain gradient descent, so that a step shows its gradient."""
-    config = helpers.replace(helpers.CONFIG, memory={"num_experts": 80})
+    config = helpers.replace(helpers.CONFIG, memory={"num_experts": 80, "positions": "all"})
     return helpers.make_method(helpers.with_optimizer(config, "sgd", 1.0), model, FACTS)
 
 
 def plain_losses(method, experts_NR, facts_B):
-    """Losses of facts (nats) from the whole model, differentiable through the gather from all experts."""
+    """Losses of facts (nats) from the whole model, differentiable through the gather from all experts.
+
+    Experts act on all tokens; `test_positions.py` has a plain reference of those that do not.
+    """
     (examples,) = method.data.examples
     parts, selection = (method.model.decoder, method.model.params), method.selection
     rows_BKR = jax.tree.map(lambda x: x[selection.expert_ids_FK[facts_B]], experts_NR)
@@ -141,8 +144,10 @@ def test_experts_that_facts_share_get_the_sum_of_their_gradients(crowded):
     assert abs(expected_NR).max() > 0.01
 
 
-def test_losses_are_those_of_the_whole_model(method):
+def test_losses_are_those_of_the_whole_model(model, method):
     """In the progress: per fact the sum, the worst, and whether greedy decoding would choose every token."""
+    config = helpers.replace(helpers.CONFIG, memory={"positions": "all"})
+    method = MemoryMethod.create(config, model, FACTS, method.selection)
     state, progress = helpers.train(method, 4)
     losses_FT, mask_FT = jax.jit(lambda experts_NR: plain_losses(method, experts_NR, np.arange(len(FACTS))))(
         state.experts_NR
@@ -185,9 +190,11 @@ def test_certified_facts_are_recalled(model, midway):
     assert recall.recalled(model, storage.adapter_fn(model, served, helpers.CONFIG), FACTS)[1] == generated
 
 
-def test_certified_facts_are_recalled_in_bfloat16(router):
+@pytest.mark.parametrize("positions", ["answer", "all"])
+def test_certified_facts_are_recalled_in_bfloat16(router, positions):
     """After every epoch, although decoding rounds otherwise: in other shapes, and by way of its caches."""
-    config = helpers.replace(helpers.CONFIG, backbone={"dtype": "bfloat16"}, memory={"dtype": "bfloat16"})
+    memory = {"dtype": "bfloat16", "positions": positions}
+    config = helpers.replace(helpers.CONFIG, backbone={"dtype": "bfloat16"}, memory=memory)
     model = helpers.make_model(config)
     selection = routers.select_facts(model, router, QUESTIONS, config.memory.top_k)
     method = helpers.with_budget(MemoryMethod.create(config, model, FACTS, selection), 12)
@@ -244,11 +251,11 @@ def test_a_step_donates_its_state(method):
 def test_activations_on_the_host_change_nothing(model, budget_facts, kinds):
     """Those that the devices have no room for come from the host, batch by batch, to the same bits."""
     facts = FACTS[:10] + [dataclasses.replace(fact, answer=fact.answer * 8) for fact in FACTS[10:]]
-    room = 4.0 * 40 * helpers.BACKBONE.embed_dim * (budget_facts + 0.5) * 1e-9
-    results = []
-    for execution in ({}, {"cache_gb": room}):
-        method = helpers.make_method(helpers.replace(helpers.CONFIG, execution=execution), model, facts)
-        state, progress = helpers.train(method, 2)
-        results.append((state, progress.total_F, progress.worst_F))
+    on_devices = helpers.make_method(helpers.CONFIG, model, facts)
+    per_fact = sum(leaf[0].nbytes for leaf in jax.tree.leaves(on_devices.data.buckets[0].inputs))
+    room = {"cache_gb": per_fact * (budget_facts + 0.5) * 1e-9}
+    method = helpers.make_method(helpers.replace(helpers.CONFIG, execution=room), model, facts)
     assert [type(bucket) for bucket in method.data.buckets] == kinds
-    assert helpers.same_bits(*results)
+    results = [helpers.train(each, 2) for each in (on_devices, method)]
+    found, expected = ((state, progress.total_F, progress.worst_F) for state, progress in results)
+    assert helpers.same_bits(found, expected)

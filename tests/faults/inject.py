@@ -108,11 +108,8 @@ def main(runs: int, first: int, every: int) -> int:
 if __name__ == "__main__":
     if "faults.so" not in os.environ.get("LD_PRELOAD", ""):
         with tempfile.TemporaryDirectory() as built:
-            cache = {
-                "JAX_COMPILATION_CACHE_DIR": f"{built}/compiled",
-                "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-            }
-            environment = {**os.environ, "JAX_PLATFORMS": "cpu", **cache, "LD_PRELOAD": str(library(Path(built)))}
+            own = {"JAX_PLATFORMS": "cpu", "XDG_CACHE_HOME": f"{built}/cache", "LD_PRELOAD": str(library(Path(built)))}
+            environment = {**os.environ, **own}
             sys.exit(subprocess.run([sys.executable, *sys.argv], env=environment).returncode)
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     for name, default in (("runs", 120), ("first", 1), ("every", 1)):
