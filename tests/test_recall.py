@@ -68,7 +68,7 @@ def test_answers_come_in_the_order_of_the_questions(parrot):
 def test_shapes_are_few(parrot):
     bird = parrot()
     answers(QUESTIONS)
-    assert {prompt_BT.shape for prompt_BT, _, _ in bird.given} == {(64, 64), (28, 128), (28, 256)}
+    assert {prompt_BT.shape for prompt_BT, _, _ in bird.given} == {(64, 32), (28, 128), (28, 256)}
     assert {max_new_tokens for _, _, max_new_tokens in bird.given} == {helpers.BACKBONE.max_seq_len}
 
 

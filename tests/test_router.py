@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 
 import helpers
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -137,6 +138,34 @@ def test_features_are_of_the_question_alone(model):
     assert helpers.same_bits(before, after)
     tokens_BT[0, 1] += 1
     assert not helpers.same_bits(before, expert_router.features(model, tokens_BT, length_B, LAYER))
+
+
+def test_features_depend_on_no_later_layer():
+    """Neither on other layers of the prefix nor on those with memory."""
+    config = helpers.replace(helpers.CONFIG, backbone={"num_layers": 6})
+    model, prompts = helpers.make_model(config), prompt_of(QUESTIONS[0])
+
+    def features(layer_changed):
+        def change(layers):
+            return jax.tree.map(lambda x: x.at[layer_changed:].multiply(1.1), layers)
+
+        changed = {"prefix_layers": change(model.params["prefix_layers"])}
+        changed |= {"suffix_layers": jax.tree.map(jnp.zeros_like, model.params["suffix_layers"])}
+        return expert_router.features(model.replace(params={**model.params, **changed}), *prompts, LAYER)
+
+    expected = expert_router.features(model, *prompts, LAYER)
+    assert helpers.same_bits(features(LAYER), expected) and not helpers.same_bits(features(LAYER - 1), expected)
+
+
+def test_the_layer_is_a_fifth_of_the_depth_unless_told():
+    """At least the second, and none that has memory."""
+
+    def layer(num_layers, **router):
+        config = helpers.replace(helpers.CONFIG, backbone={"num_layers": num_layers}, router=router)
+        return router_layer(config)
+
+    assert [layer(depth) for depth in (3, 4, 10, 12, 32, 80)] == [1, 2, 2, 2, 6, 16]
+    assert layer(32, layer=9) == 9
 
 
 def test_pool_by_hand():

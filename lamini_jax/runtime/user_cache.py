@@ -45,12 +45,12 @@ def array(name: str, make: Callable[[], np.ndarray]) -> np.ndarray:
     path = Path(_directory, f"{name}.npy")
     if not _directory or jax.process_count() > 1:  # several processes compute together, or none of them does
         return make()
-    with contextlib.suppress(OSError, ValueError, EOFError):
-        return np.load(path)
+    with contextlib.suppress(OSError, ValueError, EOFError), path.open("rb") as file:
+        return np.lib.format.read_array(file)
     made = make()
     with contextlib.suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
-            np.save(file, made)
-        os.replace(file.name, path)
+        with tempfile.TemporaryDirectory(dir=path.parent) as unfinished:
+            np.save(f"{unfinished}/{path.name}", made)
+            os.replace(f"{unfinished}/{path.name}", path)
     return made
