@@ -160,7 +160,7 @@ def test_the_flag_says_where_it_is(tmp_path):
         environment = {**os.environ, "PYTHONPATH": str(helpers.ROOT), "XDG_CACHE_HOME": str(tmp_path / "default")}
         command = [sys.executable, "small.py", *flags]
         result = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)
-        assert (result.returncode, result.stdout) == (0, "2\n"), (name, result.stderr)
+        assert (result.returncode, result.stdout, result.stderr) == (0, "2\n", ""), name
         kept[name] = {path.relative_to(tmp_path).parts[0] for path in files(tmp_path)} - {"file", "small.py"}
     assert kept == {"default": {"default"}, "other": {"default", "own"}} | dict.fromkeys(
         ("nowhere", "unwritable"), {"default", "own"}

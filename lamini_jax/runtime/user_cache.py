@@ -24,12 +24,17 @@ _directory = default()
 
 
 def use(directory: str) -> None:
-    """Keeps everything in this directory from now on, compiled programs included; nothing if the name is empty."""
+    """Keeps everything in this directory from now on, compiled programs included.
+
+    Nothing is kept if the name is empty or nothing can be written there.
+    """
     global _directory
     import jax
 
-    _directory = directory
-    if directory:
+    with contextlib.suppress(OSError):
+        os.makedirs(directory, exist_ok=True)
+    _directory = directory if os.access(directory, os.W_OK) else ""
+    if _directory:
         jax.config.update("jax_compilation_cache_dir", os.path.join(directory, "compiled"))
         jax.config.update("jax_compilation_cache_max_size", _COMPILED_BYTES)
         jax.config.update("jax_persistent_cache_min_compile_time_secs", _COMPILED_SECONDS)
