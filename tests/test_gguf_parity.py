@@ -47,13 +47,14 @@ QUESTIONS = (
     "What comes after Monday?",
     "Tell me a joke about 3 computers.",
 )
-ANSWER = 32
+ANSWER, LENGTH = 32, 96  # tokens of an answer, and of a prompt with its answer
 
 
 @pytest.fixture(scope="module")
 def theirs():
     load = transformers.AutoModelForCausalLM.from_pretrained
     options = {"dtype": torch.float32, "attn_implementation": "eager"}
+    torch.set_num_threads(1)  # several of them wait for each other where other tests run too
     return load(FILE.parent, gguf_file=FILE.name, **options).eval()
 
 
@@ -69,7 +70,7 @@ def their_tokenizer():
 
 @pytest.fixture(scope="module")
 def ours():
-    config = checkpoints.resolve(BackboneConfig(path=str(FILE), max_seq_len=128))
+    config = checkpoints.resolve(BackboneConfig(path=str(FILE), max_seq_len=LENGTH))
     return frozen_model.load(Config(backbone=config, memory=MemoryConfig(num_layers=2)))
 
 
@@ -111,7 +112,7 @@ def test_logits_and_greedy_answers(ours, theirs, capsys):
 
 def padded(prompts):
     """tokens_BT, of one length so that it compiles once."""
-    tokens_BT = np.zeros((len(prompts), 128), np.int32)
+    tokens_BT = np.zeros((len(prompts), LENGTH), np.int32)
     for row, prompt in zip(tokens_BT, prompts, strict=True):
         row[: len(prompt)] = prompt
     return tokens_BT
