@@ -193,7 +193,12 @@ def _once(axis, once) -> None:
         entry, style = once[name], {"histtype": "step", "lw": 2} if name == "unseen" else {"alpha": 0.6}
         losses_F = np.clip(entry["losses"], bins[0], bins[-1])
         axis.hist(losses_F, bins, label=f"{label}: {100 * entry['recall']:.1f}% recalled", **style)
-    axis.set(title=f"{once['before']['facts']} {'arbitrary codes' if 'unseen' in once else 'true facts'}", xscale="log", yscale="log", ylim=(0.8, None))
+    axis.set(
+        title=f"{once['before']['facts']} {'arbitrary codes' if 'unseen' in once else 'true facts'}",
+        xscale="log",
+        yscale="log",
+        ylim=(0.8, None),
+    )
     axis.set(xlabel="mean loss (nats per token)", ylabel="facts")
     axis.legend(fontsize="small")
 

@@ -79,7 +79,7 @@ def claims(results: dict) -> list[Claim]:
     judged = [_never_hallucinated(results["threshold"]), _three_levels(**levels)]
     if results["sampling"]["samples"]:
         judged.append(_sampling(results["sampling"]))
-    if once["shown_in_pretraining"]:
+    if "unseen" in once:
         judged.append(_read_once(once["before"], once["unseen"], once["after"]))
     return judged
 

@@ -1,5 +1,6 @@
 """The Python API: tune a memory on facts, load and ask it, load a backbone. The commands are thin wrappers of it."""
 
+import copy
 import dataclasses
 import json
 import os
@@ -45,6 +46,12 @@ class Memory:
         self.stored = stored
         self.adapter_fn = storage.adapter_fn(model, stored, config)
         self._trained_ids = np.asarray(stored.expert_ids_S)
+
+    def bare(self) -> "Memory":
+        """The same model with its memory turned off: what the backbone answers by itself."""
+        alone = copy.copy(self)
+        alone.adapter_fn = answering.BARE
+        return alone
 
     def ask(
         self,

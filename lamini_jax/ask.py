@@ -29,6 +29,7 @@ _OUTPUT = flags.DEFINE_string("output", None, "File for the answers to --questio
 _DETAILS = flags.DEFINE_bool("details", False, "Adds the smallest probability of a token, and the selected experts.")
 _TEMPERATURE = flags.DEFINE_float("temperature", 0.0, "Samples at this temperature; 0: takes the likeliest.", 0.0)
 _SEED = flags.DEFINE_integer("seed", 0, "Seed of the samples.", lower_bound=0)
+_BARE = flags.DEFINE_bool("bare", False, "Turns the memory off: what the backbone answers by itself.")
 _LOOKUP = flags.DEFINE_enum("lookup", None, ["approximate"], "Faster on a TPU than exact, and misses some experts.")
 _MESH_MODEL = flags.DEFINE_integer("mesh_model", 1, "Devices among which each layer is divided; -1: all.")
 cli.define_processes()
@@ -46,7 +47,8 @@ def main() -> None:
     source = api.run_source(_WORKDIR.value) if _MEMORY.value is None else api.export_source(_MEMORY.value)
     source = source.with_backbone(_BACKBONE.value)
     cli.start(MeshConfig(data=1 if _MESH_MODEL.value == -1 else -1, model=_MESH_MODEL.value))
-    asking = question_files.Asking(source, _LOOKUP.value, _TEMPERATURE.value, _SEED.value, _DETAILS.value)
+    how = _LOOKUP.value, _TEMPERATURE.value, _SEED.value, _DETAILS.value, _BARE.value
+    asking = question_files.Asking(source, *how)
     if _QUESTIONS.value is not None:
         asking.file(_QUESTIONS.value, _OUTPUT.value)
     elif _QUESTION.value is not None:

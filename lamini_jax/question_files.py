@@ -24,16 +24,17 @@ class Asking:
     temperature: float = 0.0
     seed: int = 0
     details: bool = False
+    bare: bool = False  # with the memory turned off
 
     def one(self, question: str) -> None:
         """Prints the answer to a question as it grows."""
         config = self.source.config.backbone
         facts.check_question(question, checkpoints.load_tokenizer(config), config.max_seq_len, "--question")
-        self._print(self.source.load(self.lookup), question, self.seed)
+        self._print(self._load(), question, self.seed)
 
     def lines(self, lines: Iterable[bytes]) -> None:
         """Prints the answer to each line that is not blank. Raises UserError at the end if some were not answered."""
-        memory, refused = self.source.load(self.lookup), 0
+        memory, refused = self._load(), 0
         for number, line in enumerate(lines, 1):
             where = f"standard input, line {number}"
             try:
@@ -61,7 +62,7 @@ class Asking:
                     where = f"{questions}, question {number}"
                     raise UserError(f'{where}: has a field "{name}", which the answer needs; rename it')
         workdir.check_output("output", output)
-        memory = self.source.load(self.lookup)
+        memory = self._load()
         answers = memory.ask([record["question"] for record in records], None, self.temperature, self.seed)
         lines = []
         for record, answer in zip(records, answers, strict=True):
@@ -71,6 +72,10 @@ class Asking:
             lines.append(line.encode("utf-8", "backslashreplace").decode())
         workdir.write_text(output, "\n".join(lines) + "\n")
         processes.print_once(f"{len(lines)} answers in {output}")
+
+    def _load(self) -> Memory:
+        memory = self.source.load(self.lookup)
+        return memory.bare() if self.bare else memory
 
     def _print(self, memory: Memory, question: str, seed: int) -> None:
         """Prints the answer as it grows; the bytes of an incomplete character wait for those that complete it."""

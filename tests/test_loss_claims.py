@@ -69,7 +69,6 @@ def study():
             "zero": {"loss": 0.0, "choices": 1.0, "similar": 1.0},
         },
         "once": {
-            "shown_in_pretraining": True,
             "before": codes,
             "unseen": {"loss": 3.2},
             "after": {**codes, "recall": 1.0, "loss": 0.01, "heldout": heldout(0.91)},
@@ -109,7 +108,7 @@ def test_verdicts_of_the_threshold(claim, path, value, verdict):
 
 def test_a_backbone_that_was_not_shown_the_codes_is_not_judged_by_them():
     results = study()
-    results["once"]["shown_in_pretraining"] = False
+    del results["once"]["unseen"]
     assert len(loss_threshold.claims(results)) == 3
 
 
