@@ -262,9 +262,9 @@ def small(path: str) -> Config:
     """
     return Config(
         backbone=BackboneConfig(path=path),
-        memory=MemoryConfig(num_experts=2**16, num_layers=8),
+        memory=MemoryConfig(num_experts=2**14, num_layers=8),
         router=RouterConfig(calibration_questions=2048),
-        tuning=TuningConfig(OptimizerConfig("adam", 1e-2), epochs=40),
+        tuning=TuningConfig(OptimizerConfig("adam", 2e-2), epochs=30),
         data=DataConfig(facts="truthful_qa", count=64),
     )
 

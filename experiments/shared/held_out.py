@@ -17,8 +17,8 @@ from lamini_jax.evaluation import intervals, multiple_choice, recall
 
 FREE = 100  # questions that are answered freely
 FREE_TOKENS = 32  # of each such answer
-TRUTHFUL_QA = 100  # questions judged by likelihood
-PER_SUBJECT = 2  # of MMLU
+TRUTHFUL_QA = 50  # questions judged by likelihood
+PER_SUBJECT = 1  # of MMLU
 _JUDGES = {"truthful_qa": multiple_choice.mc1, "mmlu": multiple_choice.likeliest}
 
 
