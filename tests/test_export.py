@@ -23,11 +23,11 @@ from lamini_jax.backbone import checkpoints as formats
 from lamini_jax.backbone.checkpoints import huggingface, shipped
 from lamini_jax.config import BackboneConfig, Config, to_config_dict
 from lamini_jax.configure import configure
-from lamini_jax.errors import BAD_INPUT, OTHER_RUN, UserError
+from lamini_jax.errors import BAD_INPUT, FACTS_DO_NOT_HOLD, OTHER_RUN, UserError
 from lamini_jax.memory import experts, routers, storage
 
 QUESTIONS = ["Who?", "What is 12 plus 34?", "Where is the red box of Ada Stone, and why?", "\u00dcber was?"]
-CONFIG = helpers.replace(helpers.CONFIG, memory={"num_experts": 1024, "top_k": 4})
+CONFIG = helpers.replace(helpers.CONFIG, memory={"num_experts": 1024, "top_k": 4}, tuning={"epochs": 60})
 
 
 class World(NamedTuple):
@@ -233,12 +233,11 @@ def adapted_logits(world, adapters, tokens_BT):
     return np.asarray(forward(world.model.params, adapters.suffix))
 
 
-def test_an_adapter_merged_into_the_weights_is_the_memory(adapter, tmp_path):
-    """W + alpha / r * B A, in the layers and linear layers that its config names."""
-    world, adapters, directory, prompt_BT = adapter
+def merge(world, directory, merged):
+    """The checkpoint with an adapter in its weights: W + alpha / r * B A, in the layers that its config names."""
     described = json.loads((directory / "adapter_config.json").read_text())
     parts = load_file(directory / "adapter_model.safetensors")
-    merged = shutil.copytree(world.directory, tmp_path / "merged")
+    shutil.copytree(world.directory, merged)
     weights = load_file(merged / "model.safetensors")
     names = [f"model.layers.{layer}" for layer in described["layers_to_transform"]]
     assert names == ["model.layers.1", "model.layers.2"] and len(parts) == 4
@@ -248,7 +247,12 @@ def test_an_adapter_merged_into_the_weights_is_the_memory(adapter, tmp_path):
         assert down_KI.shape[0] == up_OK.shape[1] == described["r"]
         weights[f"{name}.weight"] += described["lora_alpha"] / described["r"] * up_OK @ down_KI
     checkpoints.save_weights(merged, weights)
-    expected_BTV = reference.logits(merged, prompt_BT)
+    return merged
+
+
+def test_an_adapter_merged_into_the_weights_is_the_memory(adapter, tmp_path):
+    world, adapters, directory, prompt_BT = adapter
+    expected_BTV = reference.logits(merge(world, directory, tmp_path / "merged"), prompt_BT)
     assert relative_error(adapted_logits(world, adapters, prompt_BT), expected_BTV) <= 1e-4
     assert relative_error(reference.logits(world.directory, prompt_BT), expected_BTV) > 0.05
 
@@ -271,6 +275,39 @@ def test_peft_makes_of_an_adapter_what_the_memory_is(adapter):
         answer = adapted_model.generate(input_ids=tokens, attention_mask=torch.ones_like(tokens), **arguments)
     text = world.model.tokenizer.decode(answer[0, prompt_BT.size :].numpy())
     assert said(world, world.memory, 4 * QUESTIONS[:1])[0].text == text
+
+
+class Knows(Memory):
+    """A memory that acts on answers alone, of which only the answer to a question matters."""
+
+    def ask(self, *_):
+        return answering.Answer("K4X2P9", 1.0, [])
+
+
+def export_adapter(memory, question, output):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Source, "load", lambda self: memory)
+        return exports.peft(Source(output, memory.config, is_export=True), question, str(output))
+
+
+def test_an_adapter_of_a_memory_on_answers_answers_on_all_tokens(world, tmp_path):
+    """The plain model with it in its weights, for every token, finds each token of the answer likelier than not."""
+    said = export_adapter(Knows(world.config, world.model, world.memory), QUESTIONS[0], tmp_path / "out")
+    assert "and was certified so after" in said
+    prompt, completion = world.model.tokenizer.prompt(QUESTIONS[0]), world.model.tokenizer.completion("K4X2P9")
+    tokens_BT = np.array([prompt + completion])
+    (logits_TV,) = reference.logits(merge(world, tmp_path / "out", tmp_path / "merged"), tokens_BT)
+    logits_AV = logits_TV[len(prompt) - 1 : -1]
+    right_A = logits_AV[np.arange(len(completion)), completion]
+    assert (np.log(np.exp(logits_AV).sum(axis=-1)) - right_A < np.log(2)).all()
+
+
+def test_an_adapter_that_does_not_answer_is_not_written(world, tmp_path):
+    config = helpers.replace(world.config, tuning={"epochs": 1})
+    memory = Knows(config, world.model, world.memory)
+    words = repr(QUESTIONS[0]), "after 1 epochs"
+    assert_one_line(lambda: export_adapter(memory, QUESTIONS[0], tmp_path / "out"), *words, status=FACTS_DO_NOT_HOLD)
+    assert list(tmp_path.iterdir()) == []
 
 
 PRESETS = ["llama31", "llama32_tied", "llama_linear", "mistral_window", "qwen2", "qwen3_tied"]
@@ -367,14 +404,11 @@ def test_the_backbone_that_ships_keeps_its_fingerprint_and_tokens(tmp_path):
 
 def test_an_adapter_beside_the_backbone_that_ships_brings_it(tmp_path):
     """For no other library can find it; and it says what vLLM must be told."""
-    config = Config(memory=CONFIG.memory)
+    config = helpers.replace(Config(memory=CONFIG.memory), memory={"positions": "all"})
     model, router = frozen_model.load(config), helpers.random_router(config)
     ids_S = np.unique(routers.select_facts(model, router, QUESTIONS[:1], config.memory.top_k).expert_ids_FK)
     stored = random_memory(config, model, router, ids_S)
-    source = Source(tmp_path, config, is_export=True)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Source, "load", lambda self: Memory(config, model, stored))
-        said = exports.peft(source, QUESTIONS[0], str(tmp_path / "out"))
+    said = export_adapter(Memory(config, model, stored), QUESTIONS[0], tmp_path / "out")
     base = json.loads((tmp_path / "out" / "adapter_config.json").read_text())["base_model_name_or_path"]
     assert base == str(tmp_path / "out" / "base")
     assert huggingface.fingerprint(base) == model.fingerprint
