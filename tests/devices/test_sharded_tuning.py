@@ -10,8 +10,8 @@ from helpers import FACTS, QUESTIONS
 from jax.sharding import AxisType
 
 from experiments.compile_ahead import collectives
-from lamini_jax.backbone import answering
-from lamini_jax.config import MeshConfig
+from lamini_jax.backbone import answering, frozen_model
+from lamini_jax.config import MeshConfig, certified_loss
 from lamini_jax.errors import DEVICES, UserError
 from lamini_jax.memory import experts, routers
 from lamini_jax.memory.routers import experts as expert_router
@@ -22,6 +22,7 @@ MESHES = [(1, 8), (2, 4), (8, 1)]
 # 4099 is a prime; 20 facts and batches of 10 are no multiples of 8 either.
 CONFIG = helpers.replace(helpers.CONFIG, memory={"num_experts": 4099}, tuning={"batch_size": 10, "epochs": 10})
 STEPS = 20
+ANSWERS = [fact.answer for fact in FACTS]
 
 
 def run(config, projection, mesh=None):
@@ -38,15 +39,21 @@ def run(config, projection, mesh=None):
                 losses.append(progress.total_F.copy())
         assert progress.steps == STEPS and method.step._cache_size() == 1
         answers = answering.answers(*method.adapter(state), QUESTIONS, max_new_tokens=6)
+        loop.check(method, state, progress)
+        certified_F = progress.worst_F < certified_loss(config.backbone.dtype)
+        assert certified_F.any() and all(np.array(answers)[certified_F] == np.array(ANSWERS)[certified_F])
         _, by_expert = helpers.by_expert(state.slots.expert_ids_S, state.slots.state)
         rows_NR = helpers.flat(state.experts_NR)[: config.memory.num_experts]
         return selection.expert_ids_FK, np.array(losses), rows_NR, by_expert, answers
 
 
-@pytest.fixture(scope="module", params=[("exact", "adam"), ("product", "adafactor")], ids=lambda pair: pair[0])
+SETTINGS = [("exact", "adam", "answer"), ("product", "adafactor", "all")]
+
+
+@pytest.fixture(scope="module", params=SETTINGS, ids=lambda settings: settings[0])
 def config(request):
-    lookup, optimizer = request.param
-    memory = {"num_experts": 67**2} if lookup == "product" else {}
+    lookup, optimizer, positions = request.param
+    memory = {"positions": positions} | ({"num_experts": 67**2} if lookup == "product" else {})
     settings = dataclasses.replace(CONFIG.tuning.optimizer, name=optimizer)
     return helpers.replace(CONFIG, memory=memory, router={"lookup": lookup}, tuning={"optimizer": settings})
 
@@ -77,6 +84,25 @@ def test_sharded_equals_unsharded(config, projection, alone, mesh):
     fresh = helpers.flat(experts.init(np.uint32(config.seed), shape, len(rows)))
     moved_N = (alone[2] != fresh).any(axis=1)
     assert set(np.flatnonzero(moved_N)) == set(selection.ravel())
+
+
+@pytest.mark.parametrize("batch", [16, 20])
+def test_losses_of_packed_tokens(batch):
+    """Each shard packs its own part of the answers; a batch that the shards do not divide is packed as one."""
+    rng, A = np.random.default_rng(0), 5
+    length_B = rng.integers(A + 1, size=batch)
+    hidden_BAD = rng.normal(size=(batch, A, CONFIG.backbone.embed_dim)).astype(np.float32)
+    targets_BA, found = rng.integers(256, size=(batch, A)), []
+    for mesh in ((1, 1), *MESHES):
+        with sharding.set_mesh(MeshConfig(*mesh), jax.devices()[: mesh[0] * mesh[1]]):
+            shards = mesh[0] if batch % mesh[0] == 0 else 1
+            most = int(length_B.reshape(shards, -1).sum(axis=1).max())
+            losses = jax.jit(frozen_model.token_losses, static_argnums=4)
+            found.append(losses(helpers.make_model(CONFIG), hidden_BAD, targets_BA, length_B, most))
+    for losses_BA, likeliest_BA in found[1:]:
+        np.testing.assert_allclose(losses_BA, found[0][0], atol=1e-4)
+        np.testing.assert_array_equal(likeliest_BA, found[0][1])
+    assert ((np.asarray(found[0][0]) > 0) == (np.arange(A) < length_B[:, None])).all()
 
 
 @pytest.mark.parametrize("mesh", MESHES)
