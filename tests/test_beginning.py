@@ -1,16 +1,18 @@
 """What all prompts begin with is read once, and everything is as if each prompt were read whole."""
 
 import dataclasses
+import shutil
+from pathlib import Path
 
 import checkpoints
 import helpers
 import jax
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from lamini_jax.backbone import answering, decoding, frozen_model, transformer
+from lamini_jax.backbone import answering, decoding, frozen_model, tokenizer, transformer
 from lamini_jax.backbone.frozen_model import Adapters
 from lamini_jax.config import BackboneConfig, to_config_dict
 from lamini_jax.configure import configure
@@ -136,14 +138,27 @@ def test_losses_are_those_of_whole_prompts(config, models, positions):
     np.testing.assert_allclose(*totals, rtol=1e-4)
 
 
-@settings(max_examples=200, deadline=None)
+@pytest.fixture(scope="module")
+def tokenizers(config, tmp_path_factory):
+    """The model's, and one whose template has a letter right before the question, which may be part of a word of it."""
+    directory = shutil.copytree(config.backbone.path, tmp_path_factory.mktemp("touching") / "checkpoint")
+    template = checkpoints.CHAT_TEMPLATE.replace("{{ '\\n\\n' ~ message.content | trim }}", "W{{ message.content }}")
+    assert template != checkpoints.CHAT_TEMPLATE
+    checkpoints.edit(directory / "tokenizer_config.json", chat_template=template)
+    places = (config.backbone.path, directory)
+    return [tokenizer.load(Path(place), config.backbone.vocab_size, config.backbone.system) for place in places]
+
+
+@settings(max_examples=100, deadline=None)
 @given(st.text() | st.text(alphabet="\n\r \t<|>\u0301\u200d\u00a0aA0."))
-def test_no_question_changes_the_beginning(models, question):
+@example("hat is it?")
+def test_no_question_changes_the_beginning(tokenizers, question):
     """None that is allowed: one that holds a special token is refused before."""
-    tokenizer = models[0].tokenizer
-    if tokenizer.why_unsupported(question, exactly=False) is None:
-        beginning = list(tokenizer.frame.beginning)
-        assert tokenizer.prompt(question)[: len(beginning)] == beginning
+    for each in tokenizers:
+        beginning = list(each.frame.beginning)
+        assert len(beginning) > 20
+        if each.why_unsupported(question, exactly=False) is None:
+            assert each.prompt(question)[: len(beginning)] == beginning
 
 
 def test_a_short_beginning_is_read_with_each_prompt(config):
