@@ -85,7 +85,7 @@ def contender(
     memory = storage.StoredMemory(router, sharding.put(ids_S.astype(np.int32)), experts_SR, model.fingerprint)
     adapter_fn = storage.adapter_fn(model, memory, config)
     (bucket,) = batches.prompts(questions, model.tokenizer)
-    feature_BD = router_kind.features(model, bucket.tokens_FT, bucket.length_F)
+    feature_BD = router_kind.features(model, bucket.tokens_FT, bucket.length_F, router.layer)
     select = jax.jit(router_kind.select_by_feature, static_argnums=2)
 
     def ask() -> None:

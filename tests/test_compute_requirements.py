@@ -18,16 +18,21 @@ from lamini_jax.training import LoraMethod
 COUNT = 8
 
 
+@pytest.fixture(scope="module", params=["all", "answer"])
+def config(request):
+    return helpers.replace(helpers.CONFIG, memory={"positions": request.param})
+
+
 @pytest.fixture(scope="module")
-def steps(model):
+def steps(config, model):
     """Steps that are traced and not compiled."""
-    return compute_requirements.timed_steps(helpers.CONFIG, model, helpers.some_facts(COUNT))
+    return compute_requirements.timed_steps(config, model, helpers.some_facts(COUNT))
 
 
 @pytest.mark.parametrize("method", compute_requirements.METHODS)
-def test_counted_flops_are_those_of_the_program(steps, method):
+def test_counted_flops_are_those_of_the_program(config, steps, method):
     step = steps[method]
-    counted = COUNT * flops.per_fact(helpers.CONFIG, method, step.tokens, step.answer_tokens, depth=(1, 1))
+    counted = COUNT * flops.per_fact(config, method, step.tokens, step.answer_tokens, depth=(1, 1))
     program = step.lowered.cost_analysis()["flops"]
     # What is no product (norms, softmax, the optimizer) weighs little, and adds.
     assert counted < program < 1.12 * counted

@@ -4,7 +4,7 @@ A compiler counts the layers of a scan once, so its count is compared with that 
 """
 
 from lamini_jax.backbone import transformer
-from lamini_jax.config import BackboneConfig, Config
+from lamini_jax.config import BackboneConfig, Config, router_layer
 
 
 def per_fact(
@@ -14,7 +14,8 @@ def per_fact(
 
     The fact has `tokens` tokens, of which `answer` have logits; `depth` replaces the numbers of layers of prefix and
     suffix. The backward pass costs a product for the activations, and one more for what is trained and for attention,
-    where both factors have gradients. With `remat`, memory tuning computes the suffix forward twice.
+    where both factors have gradients. Memory that acts on answers computes the suffix of their tokens alone. With
+    `remat`, memory tuning computes the suffix forward twice.
     """
     c, memory = config.backbone, config.memory
     prefix, suffix = depth or (c.num_layers - memory.num_layers, memory.num_layers)
@@ -30,17 +31,19 @@ def per_fact(
     else:
         experts = memory.top_k * sum(shapes[memory.target])
         again = weights + attention + experts if remat else 0
-        products = suffix * tokens * (2 * weights + 3 * attention + 3 * experts + again) + 2 * unembedding
+        computed = answer if memory.positions == "answer" else tokens
+        products = suffix * computed * (2 * weights + 3 * attention + 3 * experts + again) + 2 * unembedding
     return 2 * products
 
 
 def before_first_step(config: Config, tokens: int) -> int:
-    """FLOPs that memory tuning spends on a fact before its first step: two readings of the prefix and one lookup."""
+    """FLOPs that memory tuning spends on a fact before its first step: a lookup, and the layers that are read for it,
+    for the prefix's output and, where memory acts on answers, for the suffix's keys and values."""
     c = config.backbone
     weights = sum(i * o for i, o in transformer.linear_shapes(c).values())
-    layers = c.num_layers - config.memory.num_layers
-    reading = layers * tokens * (weights + 2 * tokens * c.num_heads * c.head_dim)
-    return 2 * (2 * reading + config.memory.num_experts * config.router.key_dim)
+    kept = c.num_layers - (config.memory.num_layers if config.memory.positions == "all" else 0)
+    reading = (router_layer(config) + kept) * tokens * (weights + 2 * tokens * c.num_heads * c.head_dim)
+    return 2 * (reading + config.memory.num_experts * config.router.key_dim)
 
 
 def trained_parameters(config: Config, method: str) -> int:
