@@ -131,7 +131,7 @@ def test_serving_fetches_what_tuning_selected(model, router, expert_ids_FK, monk
 
 def test_features_are_of_the_question_alone(model):
     """Whatever follows it, an answer say, changes nothing; the question does."""
-    tokens_BT, length_B = prompt_of(QUESTIONS[0])
+    tokens_BT, length_B = prompt_of(QUESTIONS[0], 32)
     answered_BT = tokens_BT.copy()
     answered_BT[0, length_B[0] : length_B[0] + 5] = helpers.TOKENIZER.completion("9X3F")
     before, after = (expert_router.features(model, t, length_B, LAYER) for t in (tokens_BT, answered_BT))
