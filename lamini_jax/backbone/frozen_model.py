@@ -22,9 +22,8 @@ class Adapters(NamedTuple):
 
     prefix: Adapter | None = None
     suffix: Adapter | None = None
-    answer: Adapter | None = (
-        None  # of the suffix too, but only from the position that predicts the answer's first token
-    )
+    # Of the suffix too, but only from the position on that predicts the answer's first token.
+    answer: Adapter | None = None
     expert_ids_BK: jax.Array | None = None
 
 
