@@ -20,12 +20,12 @@ from lamini_jax.backbone.answering import AdapterFn
 from lamini_jax.backbone.frozen_model import Adapters, FrozenModel
 from lamini_jax.backbone.json_file import shown
 from lamini_jax.backbone.transformer import Adapter
-from lamini_jax.config import Config, MemoryConfig, from_config_dict
+from lamini_jax.config import Config, MemoryConfig, from_config_dict, identity
 from lamini_jax.errors import UserError
 from lamini_jax.index import LOOKUPS
 from lamini_jax.memory import experts, routers, slots
 from lamini_jax.memory.slots import EMPTY_SLOT
-from lamini_jax.runtime import checkpointing, paths, sharding
+from lamini_jax.runtime import checkpointing, cli, paths, sharding
 
 _DESCRIPTION, _TENSORS = "memory.json", "memory.safetensors"
 
@@ -201,6 +201,9 @@ def _description(directory: Path) -> dict[str, Any]:
 def _config(path: Path, description: dict[str, Any]) -> Config:
     """The config in a description, which may say where the backbone is now."""
     try:
+        lacking = _settings(identity(Config())) - _settings(description["config"]) - {"tuning.epochs"}
+        if lacking:
+            raise UserError(f"it lacks {min(lacking)}, as those of older versions do; tune again")
         config = from_config_dict(description["config"])
         if "where" in description:
             backbone = dataclasses.replace(config.backbone, path=str(description["where"]["backbone"]))
@@ -211,3 +214,8 @@ def _config(path: Path, description: dict[str, Any]) -> Config:
         return config
     except (UserError, ValueError, KeyError, TypeError, OverflowError) as error:
         raise UserError(f"{path}: does not hold a config ({shown(str(error))})") from None
+
+
+def _settings(values: dict[str, Any]) -> set[str]:
+    """The names of a config's fields."""
+    return {name for name, _ in cli.flatten(values)}

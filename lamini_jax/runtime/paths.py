@@ -37,6 +37,8 @@ class File(NamedTuple):
 def as_path(path: str | os.PathLike) -> Path:
     """A path of this machine or of a bucket. Raises UserError if the bucket cannot be used, and for other schemes."""
     text = os.fspath(path)
+    if not text:
+        raise UserError("an empty path: no such file")
     scheme, separator, name = text.partition("://")
     if re.match("gs:/[^/]", text):
         raise UserError(f"{text}: pathlib has dropped a slash of gs://; give it as a str")
