@@ -43,6 +43,7 @@ def test_a_real_backbone_is_judged_on_what_was_not_tuned(model, tmp_path):
 
 def test_the_backbone_that_ships_is_judged_on_its_world(model):
     kinds = held_out.world_kinds(helpers.CONFIG)
-    assert kinds and len(held_out.world_questions(helpers.CONFIG, 2)) == 2 * len(kinds)
+    asked = {qa.kind for qa in held_out.world_questions(helpers.CONFIG, 2)}
+    assert asked and asked <= set(kinds)
     elsewhere = dataclasses.replace(helpers.CONFIG, backbone=BackboneConfig(path="somewhere"))
     assert held_out.world_questions(elsewhere, 2) == []

@@ -212,7 +212,7 @@ def _config(path: Path, description: dict[str, Any]) -> Config:
         routers.KINDS[config.router.kind]
         LOOKUPS[config.router.lookup].check(config.memory.num_experts, config.router.key_dim)
         return config
-    except (UserError, ValueError, KeyError, TypeError, OverflowError) as error:
+    except (UserError, AttributeError, ValueError, KeyError, TypeError, OverflowError) as error:
         raise UserError(f"{path}: does not hold a config ({shown(str(error))})") from None
 
 
