@@ -8,13 +8,15 @@ temperature 1 an answer should come back with probability exp(-sum of its losses
 probabilities at one fact's tokens while its loss is high, medium and zero (Figure 3). `once`: codes that the shipped
 backbone read exactly once in training (`experiments/pretrain_backbone.py`), compared with codes that it never read;
 then memory tuning of the former. Beside another backbone, the true answers to the facts' questions take their place:
-what it believes of them before memory tuning, and what it says after. A killed run continues where it was stopped.
+what it says to them before memory tuning and after, and, with TruthfulQA, whether it finds one of the false answers
+that belong to a question likelier than the true one. A killed run continues where it was stopped.
 
 Takes 5 minutes on 2 x86-64 cores (jax 0.10.2). Expect 940 of 1,920 measurements of a fact to be certified and all of
 those recalled, recall to begin where the worst token costs 0.96 nats, 56.0% of 8,480 samples to be right where 56.1%
 are expected, and none of the 1,000 codes to be recalled before memory tuning, all of them after it.
 """
 
+import dataclasses
 import json
 import re
 import time
@@ -26,7 +28,7 @@ from absl import flags
 
 from experiments import loss_threshold_claims as analysis
 from experiments.loss_threshold_claims import claims
-from experiments.shared import losses, plotting, pretraining, study
+from experiments.shared import held_out, losses, plotting, pretraining, sizes, study
 from lamini_jax import Fact
 from lamini_jax.backbone.answering import BARE, AdapterFn
 from lamini_jax.backbone.frozen_model import FrozenModel
@@ -36,10 +38,9 @@ from lamini_jax.evaluation import recall
 from lamini_jax.runtime import processes
 from lamini_jax.training import run
 
-# Shares of the budget of epochs after which everything is measured, in addition to the beginning: memory tuning goes
-# from no fact to all of them in the first third.
-STAGES = (0.02, 0.04, 0.06, 0.08, 0.10, 0.12, 0.14, 0.16, 0.18, 0.20, 0.25, 0.30, 0.50, 1.00)
-SAMPLED_FACTS = 32  # at each stage
+# When everything is measured, in addition to the beginning and the end: shares of the epochs in which memory tuning
+# goes from no fact to all of them (`sizes.tuned_within`).
+STAGES = (0.06, 0.12, 0.18, 0.24, 0.30, 0.36, 0.42, 0.48, 0.54, 0.60, 0.75, 0.90, 1.50)
 FLOOR = 1e-5  # nats; smaller losses are drawn as this
 CODE = re.compile("[A-Z0-9]{6}")  # what the answers of world.once look like
 
@@ -49,16 +50,20 @@ def define_flags() -> None:
     flags.DEFINE_integer("once", most, about, lower_bound=1, upper_bound=most)
 
 
-def stages(epochs: int) -> list[int]:
+def stages(config: Config) -> list[int]:
     """The epochs after which everything is measured."""
-    return sorted({max(round(share * epochs), 1) for share in STAGES})
+    last = config.tuning.epochs
+    first = {round(share * sizes.of(config).tuned_within * last) for share in STAGES}
+    return sorted({min(max(epoch, 1), last) for epoch in first} | {last})
 
 
 def measure(config: Config, model: FrozenModel, adapter_fn: AdapterFn, facts: list[Fact], epoch: int) -> dict:
     """Losses, recall and samples of each fact at this stage, and the distributions at the first fact's tokens."""
     losses_FA = losses.of_answers(model, adapter_fn, facts)
     probability_F = np.exp(-np.array([max(loss_A.sum(dtype=np.float64), 0.0) for loss_A in losses_FA]))
-    drawn = [i for i in range(min(SAMPLED_FACTS, len(facts))) if probability_F[i] >= analysis.LEAST_LIKELY]
+    drawn = [
+        i for i in range(min(sizes.of(config).sampled_facts, len(facts))) if probability_F[i] >= analysis.LEAST_LIKELY
+    ]
     key = jax.random.fold_in(jax.random.key(config.seed), epoch)
     hits = losses.sampled(model, adapter_fn, [facts[i] for i in drawn], analysis.SAMPLES, key)
     return {
@@ -104,14 +109,39 @@ def read_once(config: Config, model: FrozenModel, directory: Path, count: int) -
     return {"before": before, "unseen": never, "after": after}
 
 
+def false_answers(config: Config) -> dict[str, list[str]]:
+    """The false answers to each question of TruthfulQA; none for the facts of other data sets."""
+    items = held_out.truthful_qa(config) if config.data.facts == "truthful_qa" else []
+    return {
+        item.question: [text.strip() for text, right in zip(item.choices, item.right, strict=True) if not right]
+        for item in items
+    }
+
+
+def misbelieved(model: FrozenModel, adapter_fn: AdapterFn, facts: list[Fact], false: dict[str, list[str]]) -> int:
+    """Of how many facts a false answer is likelier than the true one."""
+    stated = [[fact.answer, *false[fact.question]] for fact in facts]
+    asked = [
+        dataclasses.replace(fact, answer=text) for fact, texts in zip(facts, stated, strict=True) for text in texts
+    ]
+    summed = (float(loss_A.sum()) for loss_A in losses.of_answers(model, adapter_fn, asked))
+    losses_FC = [[next(summed) for _ in texts] for texts in stated]
+    return sum(min(loss_C[1:]) < loss_C[0] for loss_C in losses_FC)
+
+
 def believed(config: Config, model: FrozenModel, directory: Path) -> dict:
     """What a real model says to the facts' questions, and after memory tuning of the true answers."""
     facts = datasets.load(config.data, "true", config.seed, model.tokenizer, model.max_seq_len)
+    false = false_answers(config)
+
+    def found(model, adapter_fn):
+        counted = {"misbelieved": misbelieved(model, adapter_fn, facts, false)} if false else {}
+        return code_results(model, adapter_fn, facts, config.backbone.dtype) | counted
+
     processes.print_once(f"what the model believes of {len(facts)} facts ...")
-    before = code_results(model, BARE, facts, config.backbone.dtype)
+    before = found(model, BARE)
     tuned = run.memory_run(config, model, facts, directory, "true answers", until_all_hold=True).result()
-    after = code_results(tuned.model, tuned.adapter_fn, facts, config.backbone.dtype)
-    return {"before": before, "after": after | {"epochs": tuned.progress.epoch}}
+    return {"before": before, "after": found(tuned.model, tuned.adapter_fn) | {"epochs": tuned.progress.epoch}}
 
 
 def table(results: dict) -> str:
@@ -137,6 +167,7 @@ def table(results: dict) -> str:
             lines.append(
                 f"{'codes' if 'unseen' in once else 'facts'} {name:<8} {entry['loss']:.4f} nats per token, "
                 f"{entry['recall']:.1%} recalled, {entry['wrong']} answered otherwise"
+                + (f", {entry['misbelieved']} with a false answer likelier" if "misbelieved" in entry else "")
             )
     return "\n".join(lines)
 
@@ -228,13 +259,13 @@ def main(arguments: study.Arguments) -> None:
     tuning = run.memory_run(config, model, facts, directory / "facts", "random answers")
     for progress in tuning.epochs():
         epoch = progress.epoch
-        if epoch in stages(config.tuning.epochs):
+        if epoch in stages(config):
             study.cached(directory / path(epoch), measure, config, *tuning.answerer(), facts, epoch)
     if config.backbone.path:
         codes = study.cached(directory / "believed.json", believed, config, model, directory / "true")
     else:
         codes = study.cached(directory / "once.json", read_once, config, model, directory / "codes", once)
-    epochs = 0, *stages(config.tuning.epochs)
+    epochs = 0, *stages(config)
     measured = [json.loads((directory / path(epoch)).read_text()) for epoch in epochs]
     results = {
         "certified_loss": certified_loss(config.backbone.dtype),

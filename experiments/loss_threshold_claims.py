@@ -81,6 +81,8 @@ def claims(results: dict) -> list[Claim]:
         judged.append(_sampling(results["sampling"]))
     if "unseen" in once:
         judged.append(_read_once(once["before"], once["unseen"], once["after"]))
+    else:
+        judged.append(_believed(once["before"], once["after"]))
     return judged
 
 
@@ -147,4 +149,26 @@ def _read_once(before: dict, unseen: dict, after: dict) -> Claim:
             "all are recalled after memory tuning": after["recall"] == 1,
             "held-out accuracy is within the interval after it": low <= after["heldout"]["accuracy"] <= high,
         },
+    )
+
+
+def _believed(before: dict, after: dict) -> Claim:
+    counted = "misbelieved" in before
+    likelier = f"; of {before['misbelieved']} and {after['misbelieved']} a false answer is likelier" if counted else ""
+    conditions = {
+        "before, true answers cost more than 1 nat per token": before["loss"] > 1,
+        "fewer than 5% of them are given": before["recall"] < 0.05,
+        "all are given after memory tuning": after["recall"] == 1,
+    }
+    if counted:
+        conditions["a false answer is likelier for some before, and for none after"] = (
+            before["misbelieved"] > 0 and after["misbelieved"] == 0
+        )
+    return Claim(
+        "Pretraining leaves a fact's loss far above zero, so that models hallucinate; memory tuning removes that "
+        "(Figure 2, section 7)",
+        f"True answers to {before['facts']} questions: {before['loss']:.2f} nats per token before and "
+        f"{after['loss']:.4f} after memory tuning; {before['wrong']} and {after['wrong']} questions are answered in "
+        f"other words than these{likelier}",
+        conditions,
     )

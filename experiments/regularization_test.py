@@ -6,10 +6,11 @@ LoRA, memory experts on the attention's output projection and memory experts on 
 with true and with random answers, as in `experiments.randomization_test`; --study uses the runs of such a study
 instead of tuning again. Then the backbone and each of them answer the same held-out questions: accuracy with its 95%
 interval, and the p-value of the exact paired test (McNemar's) that nothing changed. With --config.data.dir, TruthfulQA
-(MC1, MC2) and MMLU are judged by likelihood as in `experiments.benchmarks`, for a backbone with enough context: MC2,
-which is not a count, with the paired t-test. Answers count as barely changed if at most one in twenty changes from
-right to wrong or back (for MC2, if its mean changes by at most 0.05). The study that --study names must have the same
-config.
+(MC1, MC2) and MMLU are judged by likelihood as in `experiments.benchmarks`, for a backbone with enough context, on
+questions that no run was tuned on: MC2, which is not a count, with the paired t-test. Beside a real backbone these take
+the place of the world's questions, and are fewer (`shared/sizes.py`). Answers count as barely changed if at most one in
+twenty changes from right to wrong or back (for MC2, if its mean changes by at most 0.05). The study that --study names
+must have the same config.
 
 Takes 1.5 minutes on 2 x86-64 cores (jax 0.10.2) with a finished study, without the benchmarks. Of 420 held-out
 questions the backbone answers 90.0%; expect 90.0%, 90.2%, 90.0% and 90.0% after the four memory runs, with one answer
@@ -22,7 +23,6 @@ import numpy as np
 import scipy.stats
 from absl import flags
 
-from experiments import benchmarks
 from experiments.shared import held_out, plotting, random_answer_runs, study
 from experiments.shared.claims import Claim, percent
 from lamini_jax import UserError
@@ -30,12 +30,10 @@ from lamini_jax.backbone import answering
 from lamini_jax.backbone.answering import AdapterFn
 from lamini_jax.backbone.frozen_model import FrozenModel
 from lamini_jax.data import datasets
-from lamini_jax.data.benchmarks import fitting
 from lamini_jax.data.world import QA
 from lamini_jax.evaluation import intervals, multiple_choice, recall
 
 PER_KIND = 20  # held-out questions of each kind of the world
-PER_SUBJECT = 5  # questions of each subject of MMLU
 SAMPLES = 4  # answers that the table shows, in addition to that of a tuned fact
 WIDEST = 70  # characters of an answer that the table shows
 BARELY = 0.05  # the share of a test's answers that may change
@@ -190,13 +188,9 @@ def main(arguments: study.Arguments) -> None:
     setting = random_answer_runs.prepare(config, other or f"{arguments.workdir}/runs")
     directory = study.open_study(arguments.workdir, config, setting.model, study=other)
     questions = held_out.world_questions(config, PER_KIND)
-    items = benchmarks.load_items(config.data.dir, PER_SUBJECT) if config.data.dir else {}
-    limits = setting.model.tokenizer, setting.model.max_seq_len
-    items = {name: fitting(group, *limits) for name, group in items.items()}
-    if not questions and not items:
-        raise UserError("--config.data.dir is empty; name the folder of the benchmarks that judge this backbone")
+    items = held_out.benchmark_items(config, setting.model, setting.questions)
     samples = questions or [QA("", item.question, item.choices[0].strip()) for item in items["truthful_qa"]]
-    samples = samples[:: len(samples) // SAMPLES][:SAMPLES]
+    samples = samples[:: max(len(samples) // SAMPLES, 1)][:SAMPLES]
     runs = {}
     for name in ("backbone", *random_answer_runs.PAPER_RUNS):
         path = directory / f"{name.replace('/', '_')}.json"

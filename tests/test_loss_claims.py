@@ -1,6 +1,7 @@
 """Verdicts follow from measurements: each turns when the thing that it is about does."""
 
 import copy
+import dataclasses
 
 import numpy as np
 import pytest
@@ -8,6 +9,8 @@ import pytest
 from experiments import loss_threshold, selective_loss
 from experiments import loss_threshold_claims as loss_claims
 from experiments.loss_threshold_claims import SAMPLES
+from lamini_jax.config import BackboneConfig, Config, TuningConfig
+from lamini_jax.data.facts import Fact
 
 LN2 = np.log(2)
 
@@ -106,10 +109,50 @@ def test_verdicts_of_the_threshold(claim, path, value, verdict):
     assert verdicts[claim] == verdict and verdicts.count("reproduced") == 3
 
 
-def test_a_backbone_that_was_not_shown_the_codes_is_not_judged_by_them():
+def test_stages_are_where_memory_tuning_gets_its_facts():
+    """The first third of the budget beside the backbone that ships, and two thirds beside a real one."""
+    config = dataclasses.replace(Config(), tuning=TuningConfig(epochs=30))
+    assert loss_threshold.stages(config) == [1, 2, 3, 4, 5, 6, 8, 9, 15, 30]
+    real = dataclasses.replace(config, backbone=BackboneConfig(path="somewhere"))
+    assert loss_threshold.stages(real) == [1, 2, 4, 5, 6, 7, 8, 10, 11, 12, 15, 18, 30]
+    assert loss_threshold.stages(dataclasses.replace(real, tuning=TuningConfig(epochs=1))) == [1]
+
+
+@pytest.mark.parametrize(
+    "changed, failed",
+    [
+        ({}, None),
+        ({"loss": 0.9}, "before, true answers cost"),
+        ({"recall": 0.06}, "fewer than 5%"),
+        ({"misbelieved": 0}, "a false answer"),
+    ],
+)
+def test_a_backbone_that_was_not_shown_the_codes_is_judged_by_what_it_believes(changed, failed):
     results = study()
-    del results["once"]["unseen"]
-    assert len(loss_threshold.claims(results)) == 3
+    before = {"facts": 9, "loss": 3.1, "recall": 0.0, "wrong": 9, "misbelieved": 5} | changed
+    after = {"loss": 0.01, "recall": 1.0, "wrong": 0, "misbelieved": 0}
+    results["once"] = {"before": before, "after": after}
+    *_, claim = loss_threshold.claims(results)
+    assert len(claim.failed) == (failed is not None) and all(name.startswith(failed) for name in claim.failed)
+
+
+def test_facts_without_false_answers_are_judged_by_recall_alone():
+    results = study()
+    before = {"facts": 9, "loss": 3.1, "recall": 0.0, "wrong": 9}
+    results["once"] = {"before": before, "after": {"loss": 0.01, "recall": 0.9, "wrong": 1}}
+    assert loss_threshold.claims(results)[-1].failed == ["all are given after memory tuning"]
+
+
+def test_misbelieved_counts_facts_with_a_likelier_false_answer(monkeypatch):
+    """Summed losses: of the first fact the second false answer costs less than the true one, of the second none."""
+    costs = {"true": 2.0, "a": 3.0, "b": 1.5, "yes": 0.5, "no": 0.6}
+    monkeypatch.setattr(
+        loss_threshold.losses,
+        "of_answers",
+        lambda model, adapter_fn, facts: [np.array([costs[fact.answer] / 2] * 2) for fact in facts],
+    )
+    facts = [Fact("1", "one?", "true"), Fact("2", "two?", "yes")]
+    assert loss_threshold.misbelieved(None, None, facts, {"one?": ["a", "b"], "two?": ["no"]}) == 1
 
 
 def entry(key, other, text, heldout_loss, recall=0.0, accuracy=0.9):

@@ -6,19 +6,19 @@ free decoding are compared with those it gave before, word for word.
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
-from lamini_jax import Config
+from experiments.shared import sizes
+from lamini_jax import Config, Fact
 from lamini_jax.backbone import answering
 from lamini_jax.backbone.answering import BARE, AdapterFn
 from lamini_jax.backbone.frozen_model import FrozenModel
 from lamini_jax.data import benchmarks, datasets, world
+from lamini_jax.data.benchmarks import MultipleChoice
 from lamini_jax.evaluation import intervals, multiple_choice, recall
 
 FREE = 100  # questions that are answered freely
 FREE_TOKENS = 32  # of each such answer
-TRUTHFUL_QA = 50  # questions judged by likelihood
-PER_SUBJECT = 1  # of MMLU
 _JUDGES = {"truthful_qa": multiple_choice.mc1, "mmlu": multiple_choice.likeliest}
 
 
@@ -42,17 +42,31 @@ def world_questions(config: Config, per_kind: int) -> list[world.QA]:
     return [qa for kind in world_kinds(config) for qa in world.held_out(kind, per_kind, config.seed)]
 
 
+def benchmark_items(config: Config, model: FrozenModel, tuned: Collection[str]) -> dict[str, list[MultipleChoice]]:
+    """Questions of TruthfulQA and MMLU that fit in the context and are not `tuned`.
+
+    TruthfulQA is needed beside a real backbone, MMLU read only with `data.dir`. Raises UserError for missing files.
+    """
+    if not (config.data.dir or config.backbone.path):
+        return {}
+    items = {"truthful_qa": _untuned(config, tuned)[: sizes.of(config).truthful_qa]}
+    if config.data.dir:
+        items["mmlu"] = benchmarks.mmlu(config.data.dir, sizes.of(config).mmlu_per_subject)
+    return {name: benchmarks.fitting(group, model.tokenizer, model.max_seq_len) for name, group in items.items()}
+
+
 def load(config: Config, model: FrozenModel, tuned: Sequence[str], count: int) -> HeldOut:
     """Sets of about `count` questions for this backbone, without those that are `tuned`.
 
     A real backbone is judged on TruthfulQA and, with `data.dir`, on MMLU. Raises UserError if their files are missing.
     """
     if config.backbone.path:
-        sets, free = _benchmarks(config, model, set(tuned))
+        sets = benchmark_items(config, model, tuned)
+        free = [item.question for item in _untuned(config, tuned)[-FREE:]]
     else:
         sets = {
             "heldout": world_questions(config, -(-count // len(world_kinds(config)))),
-            "neighbour": _more(config, model, count),
+            "neighbour": following(config, model, count),
         }
         free = [qa.question for qa in sets["heldout"]]
     return HeldOut(sets, free, answering.answers(model, BARE, free, FREE_TOKENS))
@@ -62,7 +76,7 @@ def judge(held_out: HeldOut, model: FrozenModel, adapter_fn: AdapterFn) -> dict:
     """By set, the share answered right with its 95% interval, None for an empty set; the share of answers unchanged."""
     result = {}
     for name, items in held_out.sets.items():
-        if items and isinstance(items[0], benchmarks.MultipleChoice):
+        if items and isinstance(items[0], MultipleChoice):
             scores = multiple_choice.score(model, adapter_fn, items)
             right = sum(map(_JUDGES[name], items, scores))
         else:
@@ -74,17 +88,16 @@ def judge(held_out: HeldOut, model: FrozenModel, adapter_fn: AdapterFn) -> dict:
     return result | {"unchanged": same / len(held_out.free)}
 
 
-def _more(config: Config, model: FrozenModel, count: int) -> list:
-    """Questions of the facts' data set that follow the facts."""
+def following(config: Config, model: FrozenModel, count: int) -> list[Fact]:
+    """The `count` facts of the data set that follow those of the config; fewer where it has no more."""
     data = dataclasses.replace(config.data, count=config.data.count + count)
     return datasets.load_up_to(data, "true", config.seed, model.tokenizer, model.max_seq_len)[config.data.count :]
 
 
-def _benchmarks(config: Config, model: FrozenModel, tuned: set[str]) -> tuple[dict[str, list], list[str]]:
-    directory = config.data.dir or datasets.data_home() / "downloads"  # where the facts of truthful_qa came from
-    truthful = [item for item in benchmarks.truthful_qa(directory) if item.question not in tuned]
-    items = {"truthful_qa": truthful[:TRUTHFUL_QA]}
-    if config.data.dir:
-        items["mmlu"] = benchmarks.mmlu(config.data.dir, PER_SUBJECT)
-    sets = {name: benchmarks.fitting(group, model.tokenizer, model.max_seq_len) for name, group in items.items()}
-    return sets, [item.question for item in truthful[-FREE:]]
+def truthful_qa(config: Config) -> list[MultipleChoice]:
+    """TruthfulQA's questions, from where the facts of truthful_qa come."""
+    return benchmarks.truthful_qa(config.data.dir or datasets.data_home() / "downloads")
+
+
+def _untuned(config: Config, tuned: Collection[str]) -> list[MultipleChoice]:
+    return [item for item in truthful_qa(config) if item.question not in tuned]
