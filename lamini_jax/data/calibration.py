@@ -107,7 +107,7 @@ def _pick(rng, options):
     return options[rng.integers(len(options))]
 
 
-def _word(rng) -> str:
+def made_up_word(rng) -> str:
     """A made-up word of one to three syllables."""
     parts = _STARTS, _VOWELS, _ENDS
     return "".join(_pick(rng, part) for _ in range(rng.integers(1, 4)) for part in parts)
@@ -119,10 +119,10 @@ _ENDS = ("", "", "l", "m", "n", "r", "s", "t", "nd", "rt", "ck", "x")
 _MADE = {
     "number": lambda rng: str(int(10 ** rng.uniform(0, 5))),
     "year": lambda rng: str(rng.integers(1700, 2030)),
-    "name": lambda rng: _word(rng).capitalize(),
-    "place": lambda rng: _fill(rng, "city") if rng.integers(2) else _word(rng).capitalize(),
-    "person": lambda rng: f"{_fill(rng, 'first')} {_word(rng).capitalize()}",
+    "name": lambda rng: made_up_word(rng).capitalize(),
+    "place": lambda rng: _fill(rng, "city") if rng.integers(2) else made_up_word(rng).capitalize(),
+    "person": lambda rng: f"{_fill(rng, 'first')} {made_up_word(rng).capitalize()}",
     "title": lambda rng: " ".join(
-        ("The", _word(rng).capitalize(), _fill(rng, "animal").capitalize())[rng.integers(3) :]
+        ("The", made_up_word(rng).capitalize(), _fill(rng, "animal").capitalize())[rng.integers(3) :]
     ),
 }

@@ -1,6 +1,6 @@
 """The directory in which commands keep what later ones need again: compiled programs, and what calibration has read.
 
-Nothing in it decides a result, and it may be removed at any time.
+None of these decides a result, and they may be removed at any time. Scopes that the user has trained are in it, too.
 """
 
 import contextlib
@@ -38,6 +38,11 @@ def use(directory: str) -> None:
         jax.config.update("jax_compilation_cache_dir", os.path.join(directory, "compiled"))
         jax.config.update("jax_compilation_cache_max_size", _COMPILED_BYTES)
         jax.config.update("jax_persistent_cache_min_compile_time_secs", _COMPILED_SECONDS)
+
+
+def folder(name: str) -> Path | None:
+    """Where things of one kind are kept, whether or not it exists yet; None if nothing is."""
+    return Path(_directory, name) if _directory else None
 
 
 def array(name: str, make: Callable[[], np.ndarray]) -> np.ndarray:
