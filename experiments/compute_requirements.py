@@ -33,7 +33,7 @@ from lamini_jax import Fact, UserError
 from lamini_jax.backbone import frozen_model
 from lamini_jax.backbone.frozen_model import FrozenModel
 from lamini_jax.config import LLAMA3_8B, Config, DataConfig, large
-from lamini_jax.data import datasets
+from lamini_jax.data import batches, datasets
 from lamini_jax.runtime import processes
 from lamini_jax.training import FullMethod, LoraMethod
 
@@ -60,13 +60,13 @@ def plan(given: Mapping[str, float | None]) -> Plan:
 
 def timed_steps(config: Config, model: FrozenModel, facts: list[Fact]) -> dict[str, TimedStep]:
     """The step of each method, and that of memory tuning with few experts, on facts of one length."""
-    multiple = model.max_seq_len // 4
+    padding = batches.Padding(model.max_seq_len // 4)
     few = dataclasses.replace(config, memory=dataclasses.replace(config.memory, num_experts=FEW_EXPERTS))
     methods = {
-        "full": FullMethod.create(config, model, facts, multiple),
-        "lora": LoraMethod.create(config, model, facts, multiple),
-        "mome": with_own_experts(config, model, facts, multiple),
-        "few": with_own_experts(few, model, facts, multiple),
+        "full": FullMethod.create(config, model, facts, padding),
+        "lora": LoraMethod.create(config, model, facts, padding),
+        "mome": with_own_experts(config, model, facts, padding),
+        "few": with_own_experts(few, model, facts, padding),
     }
     return {name: TimedStep(method) for name, method in methods.items()}
 

@@ -13,7 +13,7 @@ from experiments.shared import study
 from experiments.shared.step_timing import TURNS, TimedStep, take_turns, with_own_experts
 from lamini_jax.backbone import frozen_model
 from lamini_jax.config import DataConfig
-from lamini_jax.data import datasets
+from lamini_jax.data import batches, datasets
 from lamini_jax.runtime import processes
 
 NUM_EXPERTS = (2**14, 2**20)
@@ -37,7 +37,8 @@ def main(arguments: study.Arguments) -> None:
     steps = {}
     for num_experts in NUM_EXPERTS:
         memory = dataclasses.replace(config.memory, num_experts=num_experts)
-        method = with_own_experts(dataclasses.replace(config, memory=memory), model, facts, model.max_seq_len // 2)
+        padding = batches.Padding(model.max_seq_len // 2)
+        method = with_own_experts(dataclasses.replace(config, memory=memory), model, facts, padding)
         steps[str(num_experts)] = TimedStep(method)
     with processes.progress_bar(total=len(steps) * (TURNS + 1), unit="step") as bar:
         seconds = take_turns(steps, bar)

@@ -44,7 +44,7 @@ def test_targets_are_exactly_the_completion():
 
 
 def test_targets_by_hand():
-    (bucket,) = batches.encode([Fact("", "ab", "xyz")], TOKENIZER, multiple=10)
+    (bucket,) = batches.encode([Fact("", "ab", "xyz")], TOKENIZER, batches.Padding(10))
     begin, answer, stop, pad = TOKENIZER.begin_id, TOKENIZER.answer_id, TOKENIZER.stop_id, TOKENIZER.pad_id
     assert bucket.tokens_FT.tolist() == [[begin, *b"ab", answer, *b"xyz", stop, pad, pad]]
     assert (bucket.start_F.tolist(), bucket.answer_length_F.tolist()) == ([3], [4])
@@ -65,7 +65,7 @@ def test_prompts_are_prompts_alone():
 @pytest.mark.parametrize("multiple", [1, 16, 64])
 @pytest.mark.parametrize("count", [1, 10, 1000])
 def test_shapes_are_few_and_rounded(count, multiple):
-    buckets = batches.encode(some_facts(count), TOKENIZER, multiple)
+    buckets = batches.encode(some_facts(count), TOKENIZER, batches.Padding(multiple))
     widths = [bucket.tokens_FT.shape[1] for bucket in buckets]
     assert len(widths) <= batches.MAX_SHAPES
     assert widths == sorted(set(widths))
@@ -75,7 +75,7 @@ def test_shapes_are_few_and_rounded(count, multiple):
 
 def test_a_few_short_facts_cost_no_shape():
     facts = [Fact("", "q" * 5, "a")] * 3 + [Fact("", "q" * 50, "a")] * 500 + [Fact("", "q" * 200, "a")] * 500
-    shapes = [bucket.tokens_FT.shape for bucket in batches.encode(facts, TOKENIZER, multiple=16)]
+    shapes = [bucket.tokens_FT.shape for bucket in batches.encode(facts, TOKENIZER, batches.Padding(16))]
     assert shapes == [(503, 64), (500, 208)]
 
 

@@ -57,7 +57,7 @@ def test_a_step_makes_no_logits_of_padding(model, positions):
     facts = [*helpers.some_facts(7), helpers.some_facts(8, answer_length=20)[7]]
     config = helpers.replace(helpers.CONFIG, memory={"positions": positions})
     selection = helpers.select(config, helpers.random_experts(config, len(facts)))
-    method = MemoryMethod.create(config, model, facts, selection, multiple=64)
+    method = MemoryMethod.create(config, model, facts, selection, padding=batches.Padding(64))
     (bucket,), V = method.data.buckets, helpers.BACKBONE.vocab_size
     padded, packed = 8 * bucket.targets_FA.shape[1] * V, bucket.most_tokens * V
 

@@ -15,7 +15,7 @@ from lamini_jax.backbone import transformer
 from lamini_jax.config import certified_loss
 from lamini_jax.evaluation import recall
 from lamini_jax.memory import experts, routers, storage
-from lamini_jax.training import MemoryMethod, loop
+from lamini_jax.training import MemoryMethod, loop, memory_method
 from lamini_jax.training.data import DeviceFacts, HostFacts
 
 
@@ -215,6 +215,7 @@ def test_certified_facts_are_recalled_in_bfloat16(router, positions):
 def test_nothing_recompiles(model, method, caplog):
     """After the first epoch, neither a step nor a check nor anything small between them."""
     config = helpers.replace(helpers.CONFIG, tuning={"epochs": 7})
+    memory_method.programs.cache_clear()
     method = MemoryMethod.create(config, model, FACTS, method.selection)  # one that has compiled nothing yet
     counts = []
     with jax.log_compiles():

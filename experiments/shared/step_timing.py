@@ -11,6 +11,7 @@ import tqdm
 from lamini_jax import Fact
 from lamini_jax.backbone.frozen_model import FrozenModel
 from lamini_jax.config import Config
+from lamini_jax.data import batches
 from lamini_jax.memory.routers import FactSelection
 from lamini_jax.runtime import sharding
 from lamini_jax.training import MemoryMethod, TrainMethod
@@ -51,10 +52,12 @@ def take_turns(steps: Mapping[str, TimedStep], bar: tqdm.tqdm) -> dict[str, list
     return {name: step.seconds[1:] for name, step in steps.items()}
 
 
-def with_own_experts(config: Config, model: FrozenModel, facts: Sequence[Fact], multiple: int) -> MemoryMethod:
+def with_own_experts(
+    config: Config, model: FrozenModel, facts: Sequence[Fact], padding: batches.Padding
+) -> MemoryMethod:
     """Memory tuning where each fact has experts of its own, the same ones for any N, so all steps update as many."""
     k, among = config.memory.top_k, min(FEW_EXPERTS, config.memory.num_experts)
     picked = np.random.default_rng(config.seed).permutation(among)[: len(facts) * k]
     ids_FK = picked.astype(np.int32).reshape(-1, k)
     gates_FK = np.full(ids_FK.shape, k**-0.5, np.float32)
-    return MemoryMethod.create(config, model, facts, FactSelection(None, ids_FK, gates_FK), multiple=multiple)
+    return MemoryMethod.create(config, model, facts, FactSelection(None, ids_FK, gates_FK), padding=padding)

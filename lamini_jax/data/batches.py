@@ -22,6 +22,22 @@ PROMPT_LENGTHS = (32, 64, 128, 256)
 
 
 @dataclasses.dataclass(frozen=True)
+class Padding:
+    """What the axes of a bucket are rounded up to, so that few shapes compile.
+
+    Of a few facts, which take less time than a compilation, so is everything else: facts to a power of two.
+    """
+
+    tokens: int = 8
+    answer: int = 1
+    few: bool = False
+
+
+MANY = Padding()
+FEW = Padding(tokens=32, answer=16, few=True)
+
+
+@dataclasses.dataclass(frozen=True)
 class TokenizedFacts:
     """The facts of one bucket: prompt, then completion, then padding."""
 
@@ -29,6 +45,18 @@ class TokenizedFacts:
     prompt_length_F: np.ndarray
     length_F: np.ndarray  # of prompt and completion together
     index_F: np.ndarray  # in the list of facts
+    padding: Padding = MANY
+
+    @property
+    def rows(self) -> int:
+        """The facts of the bucket, and those that fill it up."""
+        count = len(self.index_F)
+        return 1 << (count - 1).bit_length() if self.padding.few else count
+
+    @property
+    def answer_width(self) -> int:
+        """A, the tokens of the longest answer and perhaps more."""
+        return -(-int(self.answer_length_F.max()) // self.padding.answer) * self.padding.answer
 
     @property
     def start_F(self) -> np.ndarray:
@@ -42,12 +70,14 @@ class TokenizedFacts:
 
     def most_tokens(self, count: int) -> int:
         """The most answer tokens that `count` of the facts have together, rounded up to a multiple of 8."""
+        if self.padding.few:
+            return count * self.answer_width
         return int(-(-np.sort(self.answer_length_F)[-count:].sum() // 8) * 8)
 
     @property
     def targets_FA(self) -> np.ndarray:
         """The tokens of the completions; what follows a shorter one is ignored."""
-        places_FA = self.prompt_length_F[:, None] + np.arange(self.answer_length_F.max())[None]
+        places_FA = self.prompt_length_F[:, None] + np.arange(self.answer_width)[None]
         return np.take_along_axis(self.tokens_FT, np.minimum(places_FA, self.tokens_FT.shape[1] - 1), axis=1)
 
 
@@ -72,14 +102,14 @@ class Choices:
     choice_FC: np.ndarray  # which of the item's choices; -1: none
 
 
-def encode(facts: Sequence[Fact], tokenizer, multiple: int = 8) -> list[TokenizedFacts]:
-    """Facts in buckets, short ones first, of at most MAX_SHAPES lengths T that `multiple` divides."""
+def encode(facts: Sequence[Fact], tokenizer, padding: Padding = MANY) -> list[TokenizedFacts]:
+    """Facts in buckets, short ones first, of at most MAX_SHAPES lengths T."""
     prompts = [tokenizer.prompt(fact.question) for fact in facts]
     sequences = [prompt + tokenizer.completion(fact.answer) for prompt, fact in zip(prompts, facts, strict=True)]
     prompt_lengths = np.array([len(prompt) for prompt in prompts], np.int32)
-    widths = _bucket_widths(np.array([len(sequence) for sequence in sequences]), multiple)
+    widths = _bucket_widths(np.array([len(sequence) for sequence in sequences]), padding.tokens)
     return [
-        TokenizedFacts(tokens_FT, prompt_lengths[index_F], length_F, index_F)
+        TokenizedFacts(tokens_FT, prompt_lengths[index_F], length_F, index_F, padding)
         for tokens_FT, length_F, index_F in _buckets(sequences, widths, tokenizer.pad_id)
     ]
 
@@ -123,7 +153,7 @@ def epoch_batches(
         order = rng.permutation(len(facts.index_F)).astype(np.int32)
         if active is not None:
             order = order[active[facts.index_F[order]]]
-        for index_B in in_order(order.size, min(batch_size, len(facts.index_F))):
+        for index_B in in_order(order.size, min(batch_size, facts.rows)):
             batches.append((bucket, np.where(index_B >= 0, order[index_B], -1)))
     return (batches[i] for i in rng.permutation(len(batches)))
 

@@ -92,10 +92,10 @@ class TrainingData(NamedTuple):
 
     def selecting(self, selected: FactExperts) -> "TrainingData":
         """The same facts with these experts, which are given in the order of the run's facts."""
-        buckets = [
-            bucket.selecting(FactExperts(*(np.asarray(table_FK)[facts.index_F] for table_FK in selected)))
-            for bucket, facts in zip(self.buckets, self.examples, strict=True)
-        ]
+        buckets = []
+        for bucket, facts in zip(self.buckets, self.examples, strict=True):
+            own = (_padded(facts, np.asarray(table_FK)[facts.index_F]) for table_FK in selected)
+            buckets.append(bucket.selecting(FactExperts(*own)))
         return self._replace(buckets=buckets)
 
 
@@ -165,8 +165,8 @@ def _read_prefix(model: FrozenModel, tokens_BT, start_B):
 
 
 def _read_fact(model: FrozenModel, facts: TokenizedFacts, tokens_BT, start_B):
-    question = -(-int(facts.start_F.max()) // 8) * 8
-    return frozen_model.read_fact(model, tokens_BT, start_B, int(facts.answer_length_F.max()), question)
+    question = -(-int(facts.start_F.max()) // facts.padding.tokens) * facts.padding.tokens
+    return frozen_model.read_fact(model, tokens_BT, start_B, facts.answer_width, question)
 
 
 def _bytes_per_device(shapes: Any) -> float:
@@ -177,12 +177,13 @@ def _bytes_per_device(shapes: Any) -> float:
 
 
 def _most_tokens(facts: TokenizedFacts, batch_size: int) -> int:
-    rows = sharding.round_up(min(batch_size, len(facts.index_F)), "batch") // sharding.num_shards("batch")
+    rows = sharding.round_up(min(batch_size, facts.rows), "batch") // sharding.num_shards("batch")
     return facts.most_tokens(rows)
 
 
 def _on_devices(facts: TokenizedFacts, inputs, batch_size: int) -> DeviceFacts:
-    arrays = map(_put, (facts.start_F, facts.answer_length_F, facts.targets_FA))
+    tables = facts.start_F, facts.answer_length_F, facts.targets_FA
+    arrays = [_put(_padded(facts, table_F)) for table_F in tables]
     return DeviceFacts(inputs, *arrays, most_tokens=_most_tokens(facts, batch_size))
 
 
@@ -191,14 +192,20 @@ def _put(table_F: np.ndarray):
     return sharding.put(sharding.pad_rows(table_F, "facts"), "facts", *(None,) * (table_F.ndim - 1))
 
 
+def _padded(facts: TokenizedFacts, table_F: np.ndarray) -> np.ndarray:
+    """The table with rows of zeros for the facts that fill up a bucket."""
+    return np.pad(table_F, [(0, facts.rows - len(table_F)), *[(0, 0)] * (table_F.ndim - 1)])
+
+
 def _batch(facts: TokenizedFacts, index_B) -> tuple[np.ndarray, np.ndarray]:
     """What is read of some facts; empty ones fill up the last shards."""
-    return tuple(sharding.pad_rows(table_F, "facts")[index_B] for table_F in (facts.tokens_FT, facts.start_F))
+    tables = facts.tokens_FT, facts.start_F
+    return tuple(sharding.pad_rows(_padded(facts, table_F), "facts")[index_B] for table_F in tables)
 
 
 def _read(read: Callable, facts: TokenizedFacts, shapes: Any):
     """What the frozen layers compute of the facts, for a chunk of every shard's facts at a time."""
-    rows = sharding.round_up(len(facts.index_F), "facts")
+    rows = sharding.round_up(facts.rows, "facts")
     names = input_axes(shapes)
     table = jax.tree.map(lambda x, names: sharding.zeros((rows, *x.shape[1:]), x.dtype, names), shapes, names)
     for start, index_B in sharded_tables.row_chunks(rows, "facts"):
@@ -208,7 +215,7 @@ def _read(read: Callable, facts: TokenizedFacts, shapes: Any):
 
 def _read_to_host(read: Callable, facts: TokenizedFacts, shapes: Any):
     """The same, in the host's memory."""
-    rows = sharding.round_up(len(facts.index_F), "facts")
+    rows = sharding.round_up(facts.rows, "facts")
     table = jax.tree.map(lambda x: np.empty((rows, *x.shape[1:]), x.dtype), shapes)
     for _, index_B in sharded_tables.row_chunks(rows, "facts"):
         for whole, part in zip(*map(jax.tree.leaves, (table, read(*_batch(facts, index_B)))), strict=True):

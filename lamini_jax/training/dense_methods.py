@@ -48,9 +48,11 @@ class DenseMethod:
     losses: Callable
 
     @classmethod
-    def create(cls, config: Config, model: FrozenModel, facts: Sequence[Fact], multiple: int = 8) -> Self:
-        """Facts ready for steps; `multiple` is what the tokens of a bucket are rounded up to."""
-        examples = batches.encode(facts, model.tokenizer, multiple)
+    def create(
+        cls, config: Config, model: FrozenModel, facts: Sequence[Fact], padding: batches.Padding = batches.MANY
+    ) -> Self:
+        """Facts ready for steps."""
+        examples = batches.encode(facts, model.tokenizer, padding)
         tx = optimizers.make(cls.optimizer_of(config), data.num_steps(examples, config.tuning))
         return cls(
             config, model, facts, data.of_tokens(examples, config.tuning.batch_size), tx, *_programs(tx, cls.apply)

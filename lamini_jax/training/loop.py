@@ -92,8 +92,8 @@ def check(method: TrainMethod, state: Any, progress: Progress) -> None:
     threshold = certified_loss(method.config.backbone.dtype)
     held_F, pending = progress.worst_F < threshold, []
     for number, facts in enumerate(method.data.buckets):
-        count = len(method.data.examples[number].index_F)
-        for index_B in batches.in_order(count, min(method.config.tuning.batch_size, count)):
+        examples = method.data.examples[number]
+        for index_B in batches.in_order(len(examples.index_F), min(method.config.tuning.batch_size, examples.rows)):
             index_B = sharding.pad_rows(index_B, "batch", fill=-1)
             pending.append((number, index_B, method.losses(method.model, state, *facts.batch(index_B))))
     _record(method, progress, pending)

@@ -55,19 +55,20 @@ class MemoryMethod:
         facts: Sequence[Fact],
         selection: FactSelection,
         later: Sequence[FactSelection] = (),
-        multiple: int = 8,
+        padding: batches.Padding = batches.MANY,
     ) -> "MemoryMethod":
         """Facts ready for steps with the experts that they selected.
 
-        `later` are the selections that `select` may be called with; `multiple` is what the tokens of a bucket are
-        rounded up to.
+        `later` are the selections that `select` may be called with.
         """
         shape = experts.expert_shape(config.backbone, config.memory)
-        examples = batches.encode(facts, model.tokenizer, multiple)
+        examples = batches.encode(facts, model.tokenizer, padding)
         every_XK = np.concatenate([each.expert_ids_FK for each in (selection, *later)])
         expert_ids_S = slots.assign_slots(every_XK, config.memory.num_experts)
         slots_XK = slots.find_slots(expert_ids_S, every_XK)
         max_slots = slots.max_slots_per_batch(slots_XK, expert_ids_S.size, config.tuning.batch_size)
+        if padding.few:
+            max_slots = 1 << (max_slots - 1).bit_length()
         tx = optimizers.make(config.tuning.optimizer, data.num_steps(examples, config.tuning))
         step, losses = programs(shape, config.memory.target, tx, max_slots)
         on_answers, budget = config.memory.positions == "answer", 1e9 * config.execution.cache_gb
@@ -84,11 +85,12 @@ class MemoryMethod:
 
     def init(self) -> MemoryState:
         """The state before any step."""
+        return MemoryState(self.untrained(), row_optimizer.init(self.tx, self.expert_ids_S, self.shape))
+
+    def untrained(self) -> dict[str, jax.Array]:
+        """experts_NR before any step."""
         memory = self.config.memory
-        optimizer = row_optimizer.init(self.tx, self.expert_ids_S, self.shape)
-        return MemoryState(
-            experts.init(np.uint32(self.config.seed), self.shape, memory.num_experts, memory.dtype), optimizer
-        )
+        return experts.init(np.uint32(self.config.seed), self.shape, memory.num_experts, memory.dtype)
 
     def adapter(self, state: MemoryState) -> tuple[FrozenModel, AdapterFn]:
         """The model and adapters that answer questions with this state, until the next step donates it."""
@@ -104,7 +106,7 @@ class MemoryMethod:
             "experts": slots.read(state.experts_NR, state.slots.expert_ids_S),
             "optimizer": state.slots.state,
         }
-        arrays, router = routers.save(self.selection.router)
+        arrays, router = ({}, None) if self.selection.router is None else routers.save(self.selection.router)
         arrays |= {
             "expert_ids_S": self.expert_ids_S,
             "expert_ids_FK": self.selection.expert_ids_FK,
@@ -125,6 +127,7 @@ class MemoryMethod:
         return MemoryState(slots.write(state.experts_NR, optimizer.expert_ids_S, experts_SR), optimizer)
 
 
+@functools.lru_cache(maxsize=16)
 def programs(shape: ExpertShape, target: str, tx, max_slots: int) -> tuple[Callable, Callable]:
     """`step` and `losses` of a `TrainMethod`.
 

@@ -1,5 +1,7 @@
 """The optimizers by name, with their settings and the schedules of their learning rates: a new one is an entry here."""
 
+import functools
+
 import optax
 
 from lamini_jax.config import OptimizerConfig
@@ -24,5 +26,10 @@ def check(config: OptimizerConfig, field: str) -> None:
 
 
 def make(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
-    """The optimizer of a run of `steps` steps."""
+    """The optimizer of a run of `steps` steps: the same object for the same run, so that programs with it are too."""
+    return _make(config, 0 if config.schedule == "constant" else steps)
+
+
+@functools.cache
+def _make(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
     return OPTIMIZERS[config.name](SCHEDULES[config.schedule](config.learning_rate, steps))
