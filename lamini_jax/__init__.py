@@ -13,14 +13,15 @@ import importlib
 from typing import Any
 
 _HOME = {
-    "Answer": "api",
+    "Answer": "memories",
     "Config": "config",
     "Fact": "data.facts",
-    "Memory": "api",
+    "Memory": "memories",
     "UserError": "errors",
     "load": "api",
     "load_backbone": "api",
     "logits": "backbone.transformer",
+    "open_memory": "api",
     "tune": "api",
 }
 __all__ = sorted(_HOME)

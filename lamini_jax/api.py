@@ -1,87 +1,32 @@
 """The Python API: tune a memory on facts, load and ask it, load a backbone. The commands are thin wrappers of it."""
 
-import copy
+import contextlib
 import dataclasses
 import json
 import os
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 from absl import logging
 
-from lamini_jax.backbone import answering, checkpoints, frozen_model, transformer
-from lamini_jax.backbone.decoding import Sampling
+from lamini_jax.backbone import checkpoints, frozen_model, transformer
 from lamini_jax.backbone.frozen_model import FrozenModel
 from lamini_jax.config import BackboneConfig, Config, identity, to_config_dict
+from lamini_jax.config import facts as facts_config
 from lamini_jax.data import facts as facts_lib
 from lamini_jax.data.facts import Fact
 from lamini_jax.errors import UserError
 from lamini_jax.evaluation import recall
-from lamini_jax.memory import storage
-from lamini_jax.memory.storage import StoredMemory
-from lamini_jax.runtime import checkpointing, paths, processes, workdir
+from lamini_jax.fact_memory import Change, FactMemory, ListedFact, listed
+from lamini_jax.memories import ExpertMemory, Memory
+from lamini_jax.memory import scope, storage, store
+from lamini_jax.memory.store import FactStore
+from lamini_jax.runtime import checkpointing, paths, workdir
 
-Facts = str | os.PathLike | Iterable[Fact | Mapping[str, Any]]
-
-
-@dataclasses.dataclass(frozen=True)
-class Answer:
-    """What the model answered, how sure it was, and which experts the question selected."""
-
-    text: str
-    probability: float  # of its least likely token
-    experts: list[int]  # that the question selected
-    trained_experts: int  # how many of them are trained: all for a question as it was tuned, fewer for most others
-
-
-class Memory:
-    """A tuned memory with its backbone, ready to answer questions."""
-
-    def __init__(self, config: Config, model: FrozenModel, stored: StoredMemory):
-        self.config, self.model = config, model
-        self.stored = stored
-        self.adapter_fn = storage.adapter_fn(model, stored, config)
-        self._trained_ids = np.asarray(stored.expert_ids_S)
-
-    def bare(self) -> "Memory":
-        """The same model with its memory turned off: what the backbone answers by itself."""
-        alone = copy.copy(self)
-        alone.adapter_fn = answering.BARE
-        return alone
-
-    def ask(
-        self,
-        questions: str | Sequence[str],
-        max_new_tokens: int | None = None,
-        temperature: float = 0.0,
-        seed: int = 0,
-    ) -> Answer | list[Answer]:
-        """The answer to a question, or the answers to several, which are answered in batches.
-
-        Decoding is greedy unless a temperature is given. Raises UserError for a question that cannot be asked.
-        """
-        several = [questions] if isinstance(questions, str) else list(questions)
-        for number, question in enumerate(several, 1):
-            facts_lib.check_question(question, self.model.tokenizer, self.model.max_seq_len, f"question {number}")
-        given = answering.ask(self.model, self.adapter_fn, several, max_new_tokens, _sampling(temperature, seed))
-        options = {"desc": "asking", "unit": "question", "delay": processes.LONG_SECONDS, "leave": False}
-        answers = dict(processes.progress_bar(given, total=len(several), **options))
-        answers = [self._answer(answers[number]) for number in range(len(several))]
-        return answers[0] if isinstance(questions, str) else answers
-
-    def stream(self, question: str, temperature: float = 0.0, seed: int = 0) -> Iterator[Answer]:
-        """The answer to a question as it grows, token by token."""
-        facts_lib.check_question(question, self.model.tokenizer, self.model.max_seq_len, "the question")
-        for answer in answering.stream(self.model, self.adapter_fn, question, _sampling(temperature, seed)):
-            yield self._answer(answer)
-
-    def _answer(self, answer: answering.Answer) -> Answer:
-        trained = int(np.isin(answer.expert_ids, self._trained_ids).sum())
-        return Answer(answer.text, answer.probability, answer.expert_ids, trained)
+Facts = facts_lib.Facts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,6 +58,8 @@ class Source:
                 f"--lookup={lookup}: this memory was tuned with a {router.kind} router, {router.lookup} keys"
             )
         model = frozen_model.load(self.config)
+        if router.kind == "facts":
+            return FactMemory(self.config, model, self.directory)
         if self.is_export:
             stored = storage.load_export(self.config, self.directory)
         else:
@@ -123,7 +70,7 @@ class Source:
             stored = storage.load_run(self.config, self.directory / "checkpoints", result.step)
         if lookup is not None:
             stored = dataclasses.replace(stored, router=stored.router.replace(lookup=lookup))
-        return Memory(self.config, model, stored)
+        return ExpertMemory(self.config, model, stored)
 
 
 def run_source(directory: str | os.PathLike) -> Source:
@@ -135,6 +82,8 @@ def run_source(directory: str | os.PathLike) -> Source:
 def export_source(directory: str | os.PathLike) -> Source:
     """The memory that `lamini_jax.export` wrote. Raises UserError if there is none."""
     directory = paths.as_path(directory)
+    if not storage.is_export(directory) and (directory / store.NAME).is_file():  # of facts: it is a work directory too
+        return run_source(directory)
     return Source(directory, storage.export_config(directory), is_export=True)
 
 
@@ -146,6 +95,13 @@ def load(directory: str | os.PathLike, backbone: str | None = None, lookup: str 
     """
     find = export_source if storage.is_export(paths.as_path(directory)) else run_source
     return find(directory).with_backbone(backbone).load(lookup)
+
+
+def list_facts(directory: str | os.PathLike, search: str = "") -> list[ListedFact]:
+    """The facts of a memory, without reading anything else of it."""
+    facts = FactStore(paths.as_path(directory))
+    with contextlib.closing(facts):
+        return listed(facts, search)
 
 
 def load_backbone(path: str = "", dtype: str = "float32", max_seq_len: int = 256) -> tuple[BackboneConfig, Any]:
@@ -173,17 +129,39 @@ class TuneResult:
     step: int  # of the checkpoint that this describes
 
 
-def tune(facts: Facts, directory: str | os.PathLike, config: Config | None = None) -> TuneResult:
+def tune(facts: Facts, directory: str | os.PathLike, config: Config | None = None) -> Change | TuneResult:
     """Tunes a memory until every fact is certified and recalled exactly, or the budget of epochs ends.
 
-    `facts` is a JSONL file or mappings with "question" and "answer". The directory gets config.json, checkpoints,
-    recall.jsonl (what the model really answers to every question) and results.json. Called again, it continues where it
-    was stopped; a finished result whose facts all hold is returned at once. Raises UserError for bad facts, or for a
+    `facts` is a JSONL file or mappings with "question" and "answer", and perhaps other wordings ("also"). Facts are
+    added to the memory that is in the directory, or change it. With another kind of router than `facts`, a directory
+    belongs to its facts: it gets checkpoints, recall.jsonl (what the model really answers to every question) and
+    results.json; called again, tuning continues where it was stopped. Raises UserError for bad facts, or for a
     directory of another run.
     """
     from lamini_jax.configure import configure  # here, so that answering imports no training
 
-    config = configure(to_config_dict(config or Config()))
+    config = configure(to_config_dict(config or facts_config()))
+    if config.router.kind == "facts":
+        return open_memory(directory, config).add(read_facts(facts, config))
+    return tune_once(facts, directory, config)
+
+
+def open_memory(directory: str | os.PathLike, config: Config) -> FactMemory:
+    """The memory of facts in a directory, to change it; an empty one if there is none.
+
+    Raises UserError for a directory of another backbone or of other settings than those of tuning.
+    """
+    if directory:
+        storage.check_complete(paths.as_path(directory))
+    model = frozen_model.load(config)
+    scope.load(model.fingerprint).judge.threshold(config.router.false_fires)  # before anything is made
+    belongs_to = {"config": identity(config), "weights": model.fingerprint}
+    directory = workdir.open_workdir(directory, belongs_to, {"backbone": config.backbone.path})
+    return FactMemory(config, model, directory, create=True)
+
+
+def tune_once(facts: Facts, directory: str | os.PathLike, config: Config) -> TuneResult:
+    """`tune` with the paper's router, which is trained for these facts."""
     facts = read_facts(facts, config)
     model = frozen_model.load(config)
     where = {"backbone": config.backbone.path}
@@ -220,14 +198,15 @@ def _tune(config: Config, model: FrozenModel, facts: list[Fact], directory: Path
     return result
 
 
-def read_facts(facts: Facts, config: Config) -> list[Fact]:
+def read_facts(facts: Facts, config: Config, may_be_empty: bool = False) -> list[Fact]:
     """Facts that the backbone of this config can represent. Raises UserError, saying where, for one that it cannot."""
     arguments = checkpoints.load_tokenizer(config.backbone), config.backbone.max_seq_len
-    if isinstance(facts, str | os.PathLike):
-        return facts_lib.read_jsonl(os.fspath(facts), *arguments)
-    mappings = (vars(fact) if isinstance(fact, Fact) else fact for fact in facts)
-    records = ((f"fact {number}", fact) for number, fact in enumerate(mappings, 1))
-    return facts_lib.from_records("facts", records, *arguments)
+    found = facts_lib.read(facts, *arguments, may_be_empty)
+    if config.router.kind == "facts":
+        from lamini_jax import edits  # here, so that answering imports no training
+
+        edits.check_wordings(found)
+    return found
 
 
 def run_identity(config: Config, facts: Sequence[Fact], weights: str) -> dict[str, Any]:
@@ -266,8 +245,4 @@ def _write_recall(path: Path, tuned, recalled_F: np.ndarray, generated: Sequence
             tuned.facts, generated, recalled_F, tuned.certified_F, tuned.progress.worst_F, strict=True
         )
     ]
-    workdir.write_text(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
-
-
-def _sampling(temperature: float, seed: int) -> Sampling | None:
-    return Sampling(jax.random.key(seed), np.float32(temperature)) if temperature else None
+    workdir.write_json_lines(path, lines)

@@ -90,6 +90,9 @@ class RouterConfig:
     """How a question becomes a query and a query becomes experts."""
 
     kind: str = "experts"  # a module of memory/routers
+    # Of the kind `facts`: the share of look-alike questions that may be taken for stored ones. Those of the training of
+    # a scope are harder than most: at 0.02, 0.7% of the near neighbours in a public set fired, and 78% of rephrasings.
+    false_fires: float = _number(0.02, above=0, at_most=1)
     layer: int = _number(0, at_least=0)  # whose output becomes the query; 0: a fifth of all layers, at least two
     lookup: str = "exact"  # a module of index
     key_dim: int = _number(64, at_least=1)
@@ -179,7 +182,10 @@ class Config:
 def identity(config: Config) -> dict[str, Any]:
     """The settings that decide the results of a run: all but how it is carried out and where the weights are."""
     values = dataclasses.asdict(config)
-    del values["execution"], values["backbone"]["path"]
+    del values["execution"], values["backbone"]["path"], values["router"]["false_fires"]
+    if config.router.kind == "facts":  # each fact may be tuned in another way
+        del values["tuning"], values["lora"], values["full"], values["data"], values["memory"]["top_k"]
+        values["router"] = {name: values["router"][name] for name in ("kind", "layer")}
     return values
 
 
@@ -196,6 +202,12 @@ def paper_memory(**overrides: Any) -> MemoryConfig:
 def product_memory(**overrides: Any) -> MemoryConfig:
     """The memory of Lamini's product, as its documentation describes it: 2 experts of 65,536."""
     return MemoryConfig(**{"num_experts": 2**16, "top_k": 2, "positions": "all", **overrides})
+
+
+def facts(backbone: BackboneConfig = BackboneConfig()) -> Config:
+    """A memory for facts of one's own: each has two experts, which no other fact has as long as some are free."""
+    memory = MemoryConfig(num_experts=2**20, top_k=2, dtype="bfloat16")
+    return Config(backbone=backbone, memory=memory, router=RouterConfig(kind="facts"))
 
 
 def tiny() -> Config:
@@ -343,4 +355,4 @@ def _require(holds: bool, name: str, value: Any, rule: str) -> None:
 
 def get_config() -> ml_collections.ConfigDict:
     """This file is also a config file: the one that commands use when no `--config` is given."""
-    return to_config_dict(Config())
+    return to_config_dict(facts())

@@ -79,6 +79,8 @@ def some_facts(count: int, answer_length: int = 4) -> list[Fact]:
 
 
 FACTS = some_facts(20)
+# The flags of a memory with the paper's router, whose facts are given once.
+PAPER = ("--config.router.kind=experts", "--config.memory.top_k=32", "--config.memory.dtype=float32")
 QUESTIONS = [fact.question for fact in FACTS]
 
 

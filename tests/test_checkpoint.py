@@ -118,6 +118,7 @@ def test_sigkill(tmp_path):
             "tune",
             f"--facts={facts}",
             f"--workdir={tmp_path / name}",
+            *helpers.PAPER,
             "--config.memory.num_experts=4096",
             "--config.router.calibration_questions=64",
             "--config.tuning.optimizer.name=adam",

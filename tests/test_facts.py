@@ -26,7 +26,7 @@ def pairs_of(found):
 
 
 def read(path):
-    return facts.read_jsonl(path, ByteTokenizer(), MAX_SEQ_LEN)
+    return facts.read(path, ByteTokenizer(), MAX_SEQ_LEN)
 
 
 def test_jsonl_keeps_order_and_text(tmp_path):
@@ -131,7 +131,7 @@ def test_repeated_facts_count_once_with_a_warning(tmp_path, caplog):
     assert "facts.jsonl: line 3 repeats line 1" in caplog.text
 
 
-@pytest.mark.parametrize("reader", [facts.read_jsonl, facts.read_questions])
+@pytest.mark.parametrize("reader", [facts.read, facts.read_questions])
 def test_bad_files_are_named(tmp_path, reader):
     for path in (str(tmp_path / "missing.jsonl"), str(tmp_path), write(tmp_path, ""), write(tmp_path, "\n \n")):
         with pytest.raises(UserError) as error:

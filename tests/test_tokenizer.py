@@ -205,7 +205,7 @@ def refused(directory, tmp_path, question, answer, *words):
     path = tmp_path / "facts.jsonl"
     good = {"question": "What?", "answer": "that"}
     path.write_text("\n".join(map(json.dumps, (good, {"question": question, "answer": answer}))))
-    assert_one_line(lambda: facts.read_jsonl(str(path), load(directory), 256), path, "line 2", *words)
+    assert_one_line(lambda: facts.read(str(path), load(directory), 256), path, "line 2", *words)
 
 
 def test_text_that_would_be_a_special_token_is_refused(directory, tmp_path):
@@ -226,7 +226,7 @@ def test_answers_that_would_come_back_otherwise_are_refused(normalizer, director
     text = "A \ufb01sh"
     refused(directory, tmp_path, "Who?", text, '"answer"', repr(normalizer.normalize_str(text)))
     (tmp_path / "facts.jsonl").write_text(json.dumps({"question": text, "answer": "me"}))
-    assert len(facts.read_jsonl(str(tmp_path / "facts.jsonl"), load(directory), 256)) == 1
+    assert len(facts.read(str(tmp_path / "facts.jsonl"), load(directory), 256)) == 1
 
 
 SYSTEM = "Answer {{ in }} one word."

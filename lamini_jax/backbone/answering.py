@@ -31,11 +31,11 @@ class AdapterFn(NamedTuple):
 
 
 class Answer(NamedTuple):
-    """A text, the probability of its least likely token, and the experts that the question selected."""
+    """A text, the probability of its least likely token, and what the question selected (without the axis B)."""
 
     text: str
     probability: float
-    expert_ids: list[int]
+    selection: Any
 
 
 def same_for_all(**adapters: Any) -> AdapterFn:
@@ -66,10 +66,10 @@ def ask(
             drawn = sampling and sampling._replace(key=jax.random.fold_in(sampling.key, next(draws)))
             generated = decoding.generate(model, prompt_BT, length_B, max_new_tokens, adapters, drawn)
             answer_BA, probability_B = jax.tree.map(np.asarray, generated)
-            expert_ids_B = _expert_ids(adapters, index_B.size)
+            selection = jax.tree.map(np.asarray, adapters.selection)
             for i in np.flatnonzero(index_B >= 0):
                 text = model.tokenizer.decode(answer_BA[i])
-                yield int(bucket.index_F[index_B[i]]), Answer(text, float(probability_B[i]), expert_ids_B[i])
+                yield int(bucket.index_F[index_B[i]]), Answer(text, float(probability_B[i]), _at(selection, i))
 
 
 def stream(
@@ -78,27 +78,37 @@ def stream(
     """The answer to one question as it grows, token by token."""
     (bucket,) = batches.prompts([question], model.tokenizer)
     adapters = adapter_fn(bucket.tokens_FT, bucket.length_F)
-    (expert_ids,) = _expert_ids(adapters, 1)
+    selection = _at(jax.tree.map(np.asarray, adapters.selection), 0)
     state = decoding.prefill(model, bucket.tokens_FT, bucket.length_F, model.max_seq_len, adapters, sampling)
     for step in itertools.count(1):
         state = decoding.decode(model, state, step, adapters, sampling)
         text = model.tokenizer.decode(np.asarray(state.answer_BA)[0, : int(state.step)])
-        yield Answer(text, float(state.probability_B[0]), expert_ids)
+        yield Answer(text, float(state.probability_B[0]), selection)
         if int(state.step) < step or step == state.answer_BA.shape[1]:
             return
+
+
+def ask_in_order(
+    model: FrozenModel,
+    adapter_fn: AdapterFn,
+    questions: Sequence[str],
+    max_new_tokens: int | None = None,
+    sampling: Sampling | None = None,
+) -> list[Answer]:
+    """The same in the order of the questions. Shows a progress bar if it takes long."""
+    given = ask(model, adapter_fn, questions, max_new_tokens, sampling)
+    options = {"desc": "asking", "unit": "question", "delay": processes.LONG_SECONDS, "leave": False}
+    answers = dict(processes.progress_bar(given, total=len(questions), **options))
+    return [answers[number] for number in range(len(questions))]
 
 
 def answers(
     model: FrozenModel, adapter_fn: AdapterFn, questions: Sequence[str], max_new_tokens: int | None = None
 ) -> list[str]:
-    """The answers of greedy decoding, as text. Shows a progress bar if it takes long."""
-    given = ask(model, adapter_fn, questions, max_new_tokens)
-    options = {"desc": "asking", "unit": "question", "delay": processes.LONG_SECONDS, "leave": False}
-    texts = dict(processes.progress_bar(given, total=len(questions), **options))
-    return [texts[number].text for number in range(len(questions))]
+    """The answers of greedy decoding, as text."""
+    return [answer.text for answer in ask_in_order(model, adapter_fn, questions, max_new_tokens)]
 
 
-def _expert_ids(adapters: Adapters, count: int) -> list[list[int]]:
-    if adapters.expert_ids_BK is None:
-        return [[] for _ in range(count)]
-    return np.asarray(adapters.expert_ids_BK).tolist()
+def _at(selection: Any, number: int) -> Any:
+    """What one question of a batch selected."""
+    return jax.tree.map(lambda x_B: x_B[number], selection)

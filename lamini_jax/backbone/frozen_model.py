@@ -18,13 +18,13 @@ from lamini_jax.runtime import processes, sharding
 
 
 class Adapters(NamedTuple):
-    """What is added to the backbone for some prompts, and the experts that it is made of, if it is."""
+    """What is added to the backbone for some prompts, and the selection that it was made of, if it was."""
 
     prefix: Adapter | None = None
     suffix: Adapter | None = None
     # Of the suffix too, but only from the position on that predicts the answer's first token.
     answer: Adapter | None = None
-    expert_ids_BK: jax.Array | None = None
+    selection: Any = None  # a pytree of arrays with a leading axis B
 
 
 class Beginning(NamedTuple):

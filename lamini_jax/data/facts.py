@@ -5,6 +5,7 @@ import dataclasses
 import hashlib
 import json
 import math
+import os
 import string
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -23,11 +24,19 @@ _LINES_NAMED = 5  # a warning about a thousand lines names this many
 
 @dataclasses.dataclass(frozen=True)
 class Fact:
-    """One question and its answer; `id` depends on the question alone."""
+    """One question and its answer; `id` depends on the question alone. `also` are other wordings of the question."""
 
     id: str
     question: str
     answer: str
+    also: tuple[str, ...] = ()
+
+    @property
+    def wordings(self) -> tuple[str, ...]:
+        return self.question, *self.also
+
+
+Facts = str | os.PathLike | Iterable[Fact | Mapping[str, Any]]
 
 
 def fact_id(question: str) -> str:
@@ -46,47 +55,68 @@ def random_answer_to(question: str, seed: int) -> str:
     return random_answer(np.random.default_rng(list(digest)))
 
 
-def read_jsonl(path: str, tokenizer, max_seq_len: int) -> list[Fact]:
-    """A user's own facts, in order, from lines like {"question": "...", "answer": "..."}; blank lines are skipped.
+def read(facts: Facts, tokenizer, max_seq_len: int, may_be_empty: bool = False) -> list[Fact]:
+    """A user's own facts, in order: a JSONL file of lines like {"question": "...", "answer": "..."}, or such mappings.
 
-    Raises UserError as `from_records` does, and for what is not such a line.
+    Blank lines are skipped. Raises UserError as `from_records` does, and for what is not such a line.
     """
-    example = '{"question": "...", "answer": "..."}'
-    records = ((f"line {number}", record) for number, record in _records(path, example))
-    return from_records(path, records, tokenizer, max_seq_len)
+    if isinstance(facts, str | os.PathLike):
+        origin = os.fspath(facts)
+        lines = json_lines(origin, '{"question": "...", "answer": "..."}')
+        records = ((f"line {number}", record) for number, record in lines)
+    else:
+        mappings = (vars(fact) if isinstance(fact, Fact) else fact for fact in facts)
+        origin, records = "facts", ((f"fact {number}", fact) for number, fact in enumerate(mappings, 1))
+    return from_records(origin, records, tokenizer, max_seq_len, may_be_empty)
 
 
-def from_records(origin: str, records: Iterable[tuple[str, Any]], tokenizer, max_seq_len: int) -> list[Fact]:
-    """Facts from pairs of a place in `origin` ("line 3") and an object with "question" and "answer".
+def from_records(
+    origin: str, records: Iterable[tuple[str, Any]], tokenizer, max_seq_len: int, may_be_empty: bool = False
+) -> list[Fact]:
+    """Facts from pairs of a place in `origin` ("line 3") and an object with "question", "answer" and perhaps "also".
 
     Other keys are ignored; a repeated fact counts once, with a warning. Raises UserError, saying where, for what is not
     a fact, a fact of more than `max_seq_len` tokens, or a question with two answers.
     """
     facts: dict[str, Fact] = {}
-    first_places: dict[str, str] = {}
+    first: dict[str, tuple[str, str, str]] = {}  # of each wording: the place, the question and the answer
     repeats: list[str] = []
     for place, record in records:
         where = f"{origin}, {place}"
-        if not isinstance(record, Mapping):
-            raise UserError(f'{where}: is not an object with "question" and "answer"')
-        question, answer = _text(record, "question", where), _text(record, "answer", where)
-        for key, text in (("question", question), ("answer", answer)):
-            if reason := tokenizer.why_unsupported(text, exactly=key == "answer"):
-                raise UserError(f'{where}: "{key}" {reason}')
-        tokens = len(tokenizer.prompt(question)) + len(tokenizer.completion(answer))
-        _check_length(tokens, max_seq_len, "the fact", where)
-        known = facts.setdefault(question, Fact(fact_id(question), question, answer))
-        first = first_places.setdefault(question, place)
-        if known.answer != answer:
-            raise UserError(f"{where}: answers the question of {first} differently; keep one of them")
-        if first != place:
-            repeats.append(f"{place} repeats {first}")
-    if not facts:
+        fact = _checked_fact(record, where, tokenizer, max_seq_len)
+        for wording in fact.wordings:
+            known_place, question, answer = first.setdefault(wording, (place, fact.question, fact.answer))
+            if answer != fact.answer:
+                raise UserError(f"{where}: answers the question of {known_place} differently; keep one of them")
+            if question != fact.question:
+                raise UserError(f"{where}: has the wording {wording!r}, as {known_place}; keep one of them")
+        if facts.setdefault(fact.question, fact).also != fact.also:
+            raise UserError(f"{where}: has other wordings than {first[fact.question][0]}; keep one of them")
+        if (known_place := first[fact.question][0]) != place:
+            repeats.append(f"{place} repeats {known_place}")
+    if not facts and not may_be_empty:
         raise UserError(f'{origin}: has no facts; write one per line, like {{"question": "...", "answer": "..."}}')
     if repeats:
         more = f" and {len(repeats) - _LINES_NAMED} more" if len(repeats) > _LINES_NAMED else ""
         logging.warning("%s: %s%s; each fact counts once", origin, ", ".join(repeats[:_LINES_NAMED]), more)
     return list(facts.values())
+
+
+def _checked_fact(record: Any, where: str, tokenizer, max_seq_len: int) -> Fact:
+    """The fact in a record. Raises UserError as `from_records` does."""
+    if not isinstance(record, Mapping):
+        raise UserError(f'{where}: is not an object with "question" and "answer"')
+    question, answer = _text(record, "question", where), _text(record, "answer", where)
+    also = record.get("also", [])
+    if isinstance(also, str) or not isinstance(also, Sequence):
+        raise UserError(f'{where}: "also" is not a list; write other wordings of the question like ["...", "..."]')
+    also = tuple(_text({"also": wording}, "also", where) for wording in also)
+    for key, text in (("question", question), ("answer", answer), *(("also", wording) for wording in also)):
+        if reason := tokenizer.why_unsupported(text, exactly=key == "answer"):
+            raise UserError(f'{where}: "{key}" {reason}')
+    longest = max(len(tokenizer.prompt(wording)) for wording in (question, *also))
+    _check_length(longest + len(tokenizer.completion(answer)), max_seq_len, "the fact", where)
+    return Fact(fact_id(question), question, answer, tuple(text for text in dict.fromkeys(also) if text != question))
 
 
 def fingerprint(facts: Sequence[Fact]) -> str:
@@ -101,7 +131,7 @@ def read_questions(path: str, tokenizer, max_seq_len: int) -> list[dict[str, Any
     Raises UserError, with the file and the line, for anything else and for questions that leave no room for an answer.
     """
     objects = []
-    for number, record in _records(path, '{"question": "..."}'):
+    for number, record in json_lines(path, '{"question": "..."}'):
         where = f"{path}, line {number}"
         question = _text(record, "question", where)
         check_question(question, tokenizer, max_seq_len, where)
@@ -119,7 +149,7 @@ def check_question(question: str, tokenizer, max_seq_len: int, where: str) -> No
     _check_length(len(tokenizer.prompt(question)), max_seq_len - 1, "the question", where)
 
 
-def _records(path: str, example: str) -> Iterator[tuple[int, dict[str, Any]]]:
+def json_lines(path: str, example: str) -> Iterator[tuple[int, dict[str, Any]]]:
     """The JSON object of each line that is not blank, with its line number."""
     try:
         with paths.as_path(path).open("rb") as file:

@@ -67,12 +67,32 @@ def expert_shape(backbone: BackboneConfig, memory: MemoryConfig) -> ExpertShape:
 @functools.partial(jax.jit, static_argnames=("shape", "num_experts", "dtype"))
 def init(seed, shape: ExpertShape, num_experts: int, dtype: str = "float32"):
     """experts_NR. A row depends on the seed and its id, and is made on its device; nothing else has size N."""
-    columns = {name: part[-1] // sharding.num_shards("columns") for name, part in shape.parts().items()}
     rows = sharding.round_up(num_experts, "experts") // sharding.num_shards("experts")
+
+    def local(shard):
+        return _fresh(shard, seed, shard.index("data") * rows + jnp.arange(rows), shape, dtype)
+
+    return sharded_tables.on_shards(local, (), AXES)()
+
+
+@functools.partial(jax.jit, static_argnames=("shape", "dtype"))
+def fresh(seed, expert_ids_S, shape: ExpertShape, dtype: str = "float32"):
+    """experts_SR: the rows that `init` makes for some experts only; the shards must divide S."""
+
+    def local(shard, ids_s):
+        return _fresh(shard, seed, ids_s, shape, dtype)
+
+    return sharded_tables.on_shards(local, (AXES[:1],), AXES)(expert_ids_S)
+
+
+def _fresh(shard: sharded_tables.Shard, seed, expert_ids_s, shape: ExpertShape, dtype: str):
+    """One shard's part of the rows of experts that nothing has trained."""
+    columns = {name: part[-1] // sharding.num_shards("columns") for name, part in shape.parts().items()}
+    first_column = shard.index("model") * columns["down"]
     scale = shape.input_width**-0.5
     key = jax.random.fold_in(jax.random.key(seed), 2)
 
-    def row(expert_id, first_column):
+    def row(expert_id):
         width = shape.layers * shape.input_width
         words = jax.random.bits(jax.random.fold_in(key, expert_id), (-(-width // 32),), jnp.uint32)
         bits = (words[:, None] >> jnp.arange(32, dtype=jnp.uint32)[None]) & 1
@@ -80,13 +100,8 @@ def init(seed, shape: ExpertShape, num_experts: int, dtype: str = "float32"):
         signs_MI = jax.lax.dynamic_slice_in_dim(signs_MI, first_column, columns["down"], axis=1)
         return jnp.where(signs_MI == 1, scale, -scale).astype(dtype)
 
-    def local(shard):
-        ids = shard.index("data") * rows + jnp.arange(rows)
-        first_column = shard.index("model") * columns["down"]
-        down = jax.lax.map(functools.partial(row, first_column=first_column), ids, batch_size=min(rows, 1024))
-        return {"down": down, "up": jnp.zeros((rows, shape.layers, columns["up"]), dtype)}
-
-    return sharded_tables.on_shards(local, (), AXES)()
+    down = jax.lax.map(row, expert_ids_s, batch_size=min(expert_ids_s.shape[0], 1024))
+    return {"down": down, "up": jnp.zeros((expert_ids_s.shape[0], shape.layers, columns["up"]), dtype)}
 
 
 def gather(experts_NR, expert_ids_BX):

@@ -4,8 +4,10 @@ It holds only the experts that facts have trained: all others add nothing. A mem
 was tuned with, which is checked by their fingerprint.
 """
 
+import contextlib
 import dataclasses
 import json
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +22,10 @@ from lamini_jax.backbone.answering import AdapterFn
 from lamini_jax.backbone.frozen_model import Adapters, FrozenModel
 from lamini_jax.backbone.json_file import shown
 from lamini_jax.backbone.transformer import Adapter
-from lamini_jax.config import Config, MemoryConfig, from_config_dict, identity
+from lamini_jax.config import Config, MemoryConfig, RouterConfig, from_config_dict, identity
 from lamini_jax.errors import UserError
 from lamini_jax.index import LOOKUPS
-from lamini_jax.memory import experts, routers, slots
+from lamini_jax.memory import experts, routers, slots, store
 from lamini_jax.memory.slots import EMPTY_SLOT
 from lamini_jax.runtime import checkpointing, cli, paths, sharding
 
@@ -48,10 +50,20 @@ def is_export(directory: Path) -> bool:
 def run_config(directory: Path) -> Config:
     """The config of a run that has finished. Raises UserError if none has."""
     path = directory / "config.json"
-    if not (directory / "results.json").is_file() or not path.is_file():
+    check_complete(directory)
+    if not any((directory / name).is_file() for name in ("results.json", store.NAME)) or not path.is_file():
         message = "has no finished checkpoint; finish python -m lamini_jax.tune in it first"
         raise UserError(f"--workdir={directory}: {message}")
     return _config(path, json_file.read(path))
+
+
+def check_complete(directory: Path) -> None:
+    """Raises UserError for a memory of facts that has lost its config."""
+    lost = False
+    with contextlib.suppress(OSError):  # whoever opens the directory says what is wrong with it
+        lost = (directory / store.NAME).is_file() and not (directory / "config.json").is_file()
+    if lost:
+        raise UserError(f"--workdir={directory}: has {store.NAME} without its config.json; put that back too")
 
 
 def load_run(config: Config, directory: Path, step: int | None = None) -> StoredMemory:
@@ -159,22 +171,45 @@ def adapter_fn(model: FrozenModel, memory: StoredMemory, config: Config) -> Adap
 
 def with_experts(model: FrozenModel, router: routers.Router, fetch, config: Config) -> AdapterFn:
     """Lamini-1: every question selects its experts, and `fetch(expert_ids_BK) -> rows_BKR` reads only those."""
-    top_k, target, positions = config.memory.top_k, config.memory.target, config.memory.positions
 
     def select(prompt_BT, length_B):
-        return routers.select(router, model, prompt_BT, length_B, top_k)
+        return routers.select(router, model, prompt_BT, length_B, config.memory.top_k)
+
+    return selected_by(select, fetch, config)
+
+
+def selected_by(select: Callable[[Any, Any], routers.Selection], fetch, config: Config) -> AdapterFn:
+    """The same with any selection of experts."""
+    target, positions = config.memory.target, config.memory.positions
 
     def build(selection):
         adapter = _adapter(fetch(selection.expert_ids_BK), selection.gates_BK, target)
-        return adapters(adapter, positions, selection.expert_ids_BK)
+        return adapters(adapter, positions, selection)
 
     return AdapterFn(select, build)
 
 
-def adapters(adapter: Adapter, positions: str, expert_ids_BK=None) -> Adapters:
+def rows_to_bytes(experts_XR: dict[str, np.ndarray]) -> list[bytes]:
+    """Rows as files keep them: the numbers of each part, one part after the other."""
+    parts = [np.ascontiguousarray(experts_XR[name]).reshape(len(experts_XR[name]), -1) for name in experts.PARTS]
+    return [row.tobytes() for row in np.concatenate(parts, axis=1)]
+
+
+def rows_from_bytes(rows: Sequence[bytes], shape: experts.ExpertShape, dtype: str) -> dict[str, np.ndarray]:
+    """The inverse; zeros for an empty one. Raises ValueError for one of another size."""
+    table = np.zeros((len(rows), shape.floats), jnp.dtype(dtype))
+    for place, row in enumerate(rows):
+        if row:
+            table[place] = np.frombuffer(row, table.dtype)
+    first = shape.layers * shape.input_width
+    parts = zip(experts.PARTS, (table[:, :first], table[:, first:]), strict=True)
+    return {name: part.reshape(shape.parts(len(rows))[name]) for name, part in parts}
+
+
+def adapters(adapter: Adapter, positions: str, selection: Any = None) -> Adapters:
     """The experts' adapter, where `memory.positions` says that it acts."""
     field = {"all": "suffix", "answer": "answer"}[positions]
-    return Adapters(**{field: adapter}, expert_ids_BK=expert_ids_BK)
+    return Adapters(**{field: adapter}, selection=selection)
 
 
 _gather_trained = jax.jit(experts.gather_trained)
@@ -201,7 +236,8 @@ def _description(directory: Path) -> dict[str, Any]:
 def _config(path: Path, description: dict[str, Any]) -> Config:
     """The config in a description, which may say where the backbone is now."""
     try:
-        lacking = _settings(identity(Config())) - _settings(description["config"]) - {"tuning.epochs"}
+        kind = RouterConfig(kind=str(description["config"]["router"]["kind"]))
+        lacking = _settings(identity(Config(router=kind))) - _settings(description["config"]) - {"tuning.epochs"}
         if lacking:
             raise UserError(f"it lacks {min(lacking)}, as those of older versions do; tune again")
         config = from_config_dict(description["config"])

@@ -49,13 +49,14 @@ class Saved(NamedTuple):
 class Checkpoints:
     """The checkpoints of one run: two are kept, and a half-written one is never mistaken for a complete one."""
 
-    def __init__(self, directory: Path):
+    def __init__(self, directory: Path, patient: bool = False):
+        """The first save is due at once or, of a `patient` run, after as long as between two saves."""
         _quieten_storage()
         self._directory = directory
         self._path = directory if paths.is_remote(directory) else _without_pattern(directory.absolute())
         options = ocp.CheckpointManagerOptions(max_to_keep=2, create=True)
         self._manager = ocp.CheckpointManager(self._path, options=options)
-        self._saved_at, self._cost = -math.inf, 0.0  # the first epoch is saved at once
+        self._saved_at, self._cost = time.monotonic() if patient else -math.inf, 0.0
 
     def save(self, step: int, tables: dict[str, Any], arrays: dict[str, Any], record: dict[str, Any]) -> None:
         """Saves, once per step; the checkpoint counts when this returns. Raises UserError if it fails (a full disk)."""

@@ -12,6 +12,7 @@ import logging
 import os
 import re
 import secrets
+import shutil
 import tempfile
 import traceback
 from collections.abc import Iterator
@@ -60,19 +61,20 @@ def is_remote(path: str | os.PathLike) -> bool:
     return os.fspath(path).startswith("gs://")
 
 
-def write(path: Path, text: str) -> None:
+def write(path: Path, text: str | bytes) -> None:
     """Writes a file that is never seen half-written. Raises OSError if it cannot be."""
+    content = text.encode() if isinstance(text, str) else text
     if is_remote(path):
-        path.write_bytes(text.encode())
+        path.write_bytes(content)
         return
     path = Path(os.path.realpath(path))  # a link stays, and the file that it points to is replaced
     if path.exists() and not path.is_file():  # a device or a pipe is written to
-        path.write_text(text, encoding="utf-8")
+        path.write_bytes(content)
         return
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
-        with open(temporary, "w", encoding="utf-8", newline="\n") as file:
-            file.write(text)
+        with open(temporary, "wb") as file:
+            file.write(content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -126,6 +128,14 @@ def upload(directory: Path, destination: Path) -> None:
     files = files_below(directory).items()
     for name, file in sorted(files, key=lambda item: item[0].endswith(".json")):
         _storage().put_file(os.fspath(file.path), os.fspath(destination / name))
+
+
+def remove(directory: Path) -> None:
+    """Removes a directory with everything in it."""
+    if is_remote(directory):
+        directory.rmtree()
+    else:
+        shutil.rmtree(directory, ignore_errors=True)
 
 
 def failure(error: BaseException) -> str | None:

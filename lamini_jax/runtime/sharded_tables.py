@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 
 from lamini_jax.runtime import sharding
 
@@ -90,6 +91,11 @@ def write_rows(tables, blocks, start, axes: Any):
         return jax.tree.map(replaced, tables, blocks)
 
     return on_shards(local, (axes, axes, ()), axes)(tables, blocks, start)
+
+
+def whole(table: jax.Array) -> np.ndarray:
+    """A table of moderate size on every host."""
+    return np.asarray(table if jax.process_count() == 1 else multihost_utils.process_allgather(table, tiled=True))
 
 
 def row_chunks(rows: int, name: str):

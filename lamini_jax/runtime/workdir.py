@@ -7,7 +7,7 @@ import json
 import os
 import platform
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,11 @@ def write_text(path: str | os.PathLike, text: str) -> None:
         paths.write(paths.as_path(path), text)
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error.strerror or error})") from None
+
+
+def write_json_lines(path: str | os.PathLike, values: Iterable[Any]) -> None:
+    """Writes values one per line, into a file that is never seen half-written."""
+    write_text(path, "".join(json.dumps(value, ensure_ascii=False) + "\n" for value in values))
 
 
 def check_output(flag: str, path: str) -> None:

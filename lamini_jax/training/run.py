@@ -41,27 +41,38 @@ class Run:
     completes the training and returns its result.
     """
 
-    def __init__(self, method: TrainMethod, directory: Path, title: str, until_all_hold: bool = False, saved=None):
-        """`saved` is the newest checkpoint in the directory, if the caller has read it already."""
-        self.method, self._title, self._until_all_hold = method, title, until_all_hold
-        self._checkpoints = checkpointing.Checkpoints(directory)
+    def __init__(
+        self,
+        method: TrainMethod,
+        directory: Path,
+        title: str,
+        until_all_hold: bool = False,
+        saved: checkpointing.Saved | None = None,
+        patient: bool = False,
+    ):
+        """`saved` is the newest checkpoint in the directory, if the caller has read it already.
+
+        A `patient` run saves only what has taken longer than a save is worth: its caller keeps the result.
+        """
+        self.method, self._title, self._until_all_hold, self._patient = method, title, until_all_hold, patient
+        self._checkpoints = checkpointing.Checkpoints(directory, patient)
         self._ended, saved = False, saved or self._checkpoints.latest()
         if saved is None:
-            self.progress, self._state = loop.new_progress(len(method.facts)), method.init()
+            self.progress, self.state = loop.new_progress(len(method.facts)), method.init()
         else:
             _check_backbone(saved, method.model, directory)
             self.progress = Progress(**saved.arrays["progress"], **saved.record["progress"])
-            self._state = method.restore(saved)
-        self._checkpoints.check_room(method.save(self._state)[0])
+            self.state = method.restore(saved)
+        self._checkpoints.check_room(method.save(self.state)[0])
 
     def epochs(self) -> Iterator[Progress]:
         """The progress after each epoch. Raises UserError (PREEMPTED) after a SIGTERM, when all is saved."""
         epoch, budget = self.progress.epoch, self.method.config.tuning.epochs
         bar = processes.progress_bar(total=budget, initial=epoch, desc=self._title, unit="epoch")
-        steps = loop.epochs(self.method, self._state, self.progress, self._until_all_hold)
+        steps = loop.epochs(self.method, self.state, self.progress, self._until_all_hold)
         with processes.preemption_guard(), bar:
             with contextlib.closing(steps):
-                for self._state, progress in steps:
+                for self.state, progress in steps:
                     if progress.batches:
                         if processes.preempted(progress.steps):
                             break
@@ -73,7 +84,8 @@ class Run:
                         if self._checkpoints.due():
                             self._save()
                 bar.set_postfix_str(self._counts())
-            self._save()
+            if not self._patient or self.progress.batches or self._checkpoints.due():
+                self._save()
             self._checkpoints.close()
         if self.progress.batches:
             where = f"in epoch {epoch + 1}, after {self.progress.steps} steps"
@@ -82,7 +94,7 @@ class Run:
 
     def answerer(self) -> tuple[FrozenModel, AdapterFn]:
         """The model as it is now, to answer questions with until training continues."""
-        return self.method.adapter(self._state)
+        return self.method.adapter(self.state)
 
     def result(self) -> Tuned:
         """Completes the training and returns its result."""
@@ -100,7 +112,7 @@ class Run:
         return f"{loss}{held_F.sum()} of {held_F.size} certified"
 
     def _save(self) -> None:
-        tables, arrays, record = self.method.save(self._state)
+        tables, arrays, record = self.method.save(self.state)
         arrays["progress"], record["progress"] = self.progress.save()
         self._checkpoints.save(self.progress.steps, tables, arrays, record)
 

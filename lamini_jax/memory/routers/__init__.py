@@ -1,6 +1,7 @@
 """From a question to its experts: one module per kind of router, which `--config.router.kind` names.
 
-A kind is a module of this folder with
+`facts` finds the one fact that a question asks for; it changes with every fact that is added, so that it is neither
+trained nor saved as the others are. Every other kind is a module of this folder with
 
     train(config, model, questions) -> Router                            a pytree with a static field `kind`
     select(router, model, prompt_BT, length_B, top_k) -> Selection       traced; the only place where gates are made
