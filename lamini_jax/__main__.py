@@ -6,6 +6,9 @@ import sys
 COMMANDS = {
     "tune": "trains a memory until it returns each of your facts exactly",
     "ask": "answers questions with a tuned memory",
+    "forget": "forgets facts of a memory",
+    "facts": "lists and searches the facts of a memory",
+    "train_scope": "trains what decides whether a question asks for a fact, for another backbone",
     "export": "writes a memory, an adapter or a backbone for use elsewhere",
 }
 
@@ -15,7 +18,7 @@ def main() -> None:
     name = sys.argv[1] if len(sys.argv) > 1 else "--help"
     if name in ("--help", "-h"):
         print("usage: lamini-jax COMMAND [--FLAG=VALUE ...]\n")
-        print("\n".join(f"  {command:<8}{about}" for command, about in COMMANDS.items()))
+        print("\n".join(f"  {command:<13}{about}" for command, about in COMMANDS.items()))
         print("\nlamini-jax COMMAND --help lists the flags of a command.")
         return
     if name not in COMMANDS:

@@ -14,13 +14,15 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import save_file
 
-from lamini_jax.api import Memory, Source
+from lamini_jax.api import Source
 from lamini_jax.backbone import answering, checkpoints, transformer
 from lamini_jax.backbone.frozen_model import Adapters
 from lamini_jax.backbone.transformer import Adapter
 from lamini_jax.config import Config, certified_loss
 from lamini_jax.data import batches, facts
 from lamini_jax.errors import FACTS_DO_NOT_HOLD, UserError
+from lamini_jax.fact_memory import FactMemory
+from lamini_jax.memories import Memory
 from lamini_jax.memory import experts, routers, storage
 from lamini_jax.memory.routers import FactSelection
 from lamini_jax.runtime import paths
@@ -49,10 +51,24 @@ def memory(source: Source, questions: str | None, output: str) -> str:
     asked = questions and [record["question"] for record in facts.read_questions(questions, tokenizer, max_seq_len)]
     with _new_directory(output) as directory:
         loaded = source.load()
+        if isinstance(loaded, FactMemory):
+            return _facts(loaded, asked, directory)
         ids = None
         if asked:
             ids = routers.select_facts(loaded.model, loaded.stored.router, asked, config.memory.top_k).expert_ids_FK
         return f"{storage.save_export(directory, config, loaded.stored, ids):,} experts"
+
+
+def _facts(loaded: FactMemory, asked: list[str] | None, directory: Path) -> str:
+    """Writes a memory of facts, or only those of them that the questions ask for."""
+    loaded.save(directory)
+    if asked is None:
+        return f"{len(loaded.table.contents.facts):,} facts"
+    kept = {found.fact for found in loaded.find(asked)} - {None}
+    copied = FactMemory(loaded.config, loaded.model, directory)
+    others = [fact.id for fact in copied.table.contents.facts if fact.id not in kept]
+    copied.forget(ids=others)
+    return f"{len(kept):,} facts"
 
 
 def peft(source: Source, question: str, output: str) -> str:
@@ -67,6 +83,8 @@ def peft(source: Source, question: str, output: str) -> str:
         loaded = source.load()
         (bucket,) = batches.prompts([question], tokenizer)
         adapters, tuned = loaded.adapter_fn(bucket.tokens_FT, bucket.length_F), ""
+        if adapters.answer is adapters.suffix is None:
+            raise UserError(f"{question!r}: is in no fact's scope, so that no experts answer it; ask for a stored fact")
         if adapters.answer is not None:
             adapters, epochs = _on_all_positions(loaded, question, adapters.answer)
             tuned = f"; it acts on all tokens and not on the answer's alone, and was certified so after {epochs} epochs"
@@ -76,8 +94,8 @@ def peft(source: Source, question: str, output: str) -> str:
             (directory / _BASE).mkdir()
             checkpoints.export(config.backbone, directory / _BASE)
         save_peft(directory, config, adapters, base)
-        rank = _vllm_rank(config.memory.top_k)
-        return f"{config.memory.top_k} experts as a LoRA adapter (for vLLM: --max-lora-rank {rank}){tuned}"
+        rank = adapters.suffix[config.memory.target].down.shape[2]
+        return f"{rank} experts as a LoRA adapter (for vLLM: --max-lora-rank {_vllm_rank(rank)}){tuned}"
 
 
 class _OneQuestion(MemoryMethod):
@@ -96,7 +114,7 @@ def _on_all_positions(loaded: Memory, question: str, adapter: Adapter) -> tuple[
     They start as they are in a memory that acts on answers alone; returned with the epochs that it took. Raises
     UserError if the budget of epochs is too short.
     """
-    answer, k = loaded.ask(question).text, loaded.config.memory.top_k
+    answer, k = loaded.ask(question).text, adapter[loaded.config.memory.target].down.shape[2]
     memory = dataclasses.replace(loaded.config.memory, num_experts=k, positions="all")
     config, fact = dataclasses.replace(loaded.config, memory=memory), facts.Fact("", question, answer)
     # The gates are in the adapter already.
@@ -128,7 +146,7 @@ def save_peft(directory: Path, config: Config, adapters: Adapters, base: str) ->
     c, target = config, config.memory.target
     half, first = transformer.LINEAR_LAYERS[target].half, c.backbone.num_layers - c.memory.num_layers
     down_MBKI, up_MBKO = (np.asarray(part) for part in adapters.suffix[target])
-    tensors = {}
+    tensors, rank = {}, down_MBKI.shape[2]
     for layer in range(c.memory.num_layers):
         name = f"base_model.model.model.layers.{first + layer}.{half}.{target}"
         tensors[f"{name}.lora_A.weight"] = down_MBKI[layer, 0]
@@ -137,8 +155,8 @@ def save_peft(directory: Path, config: Config, adapters: Adapters, base: str) ->
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base,
-        "r": c.memory.top_k,
-        "lora_alpha": c.memory.top_k,  # a scale of 1
+        "r": rank,
+        "lora_alpha": rank,  # a scale of 1
         "lora_dropout": 0.0,
         "bias": "none",
         "fan_in_fan_out": False,
@@ -149,9 +167,7 @@ def save_peft(directory: Path, config: Config, adapters: Adapters, base: str) ->
     }
     save_file(tensors, directory / "adapter_model.safetensors", metadata={"format": "pt"})
     (directory / "adapter_config.json").write_text(json.dumps(description, indent=1) + "\n")
-    (directory / "README.md").write_text(
-        _README.format(base=base, rank=_vllm_rank(c.memory.top_k), top_k=c.memory.top_k)
-    )
+    (directory / "README.md").write_text(_README.format(base=base, rank=_vllm_rank(rank), top_k=rank))
 
 
 def _vllm_rank(rank: int) -> int:

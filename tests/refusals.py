@@ -1,8 +1,8 @@
 """What a command says to many wrong command lines, each in a fork of one process that has imported its libraries.
 
-    python refusals.py MODULE < ARGUMENTS > RESULTS
+    python refusals.py < COMMANDS > RESULTS
 
-ARGUMENTS is a JSON list of lists of arguments, RESULTS one of [status, stdout, stderr].
+COMMANDS is a JSON list of lists of a module and its arguments, RESULTS one of [status, stdout, stderr].
 """
 
 import importlib
@@ -25,16 +25,20 @@ def refuse(module: str, cases, cwd: Path = helpers.ROOT, status: int = BAD_INPUT
 
     The module is one of the project, or a file in `cwd`.
     """
-    lines = json.dumps([list(map(str, arguments)) for arguments, _ in cases])
-    command = [sys.executable, __file__, module]
-    environment = {**os.environ, "PYTHONPATH": f"{helpers.ROOT}:{cwd}"}
-    options = {"input": lines, "env": environment, "cwd": cwd, "stdout": subprocess.PIPE, "text": True, "timeout": 300}
-    results = json.loads(subprocess.run(command, check=True, **options).stdout)
+    results = run_all([(module, *arguments) for arguments, _ in cases], cwd)
     for (arguments, words), (found, stdout, stderr) in zip(cases, results, strict=True):
         assert (found, stdout, stderr.count("\n")) == (status, "", 1), (arguments, stdout, stderr)
         assert stderr.startswith("error: "), (arguments, stderr)
         missing = [word for word in map(str, words) if word not in stderr]
         assert not missing, (arguments, stderr, missing)
+
+
+def run_all(commands, cwd: Path = helpers.ROOT) -> list[tuple[int, str, str]]:
+    """The status and the output of each command, a module and its arguments, run one after the other."""
+    lines = json.dumps([list(map(str, command)) for command in commands])
+    environment = {**os.environ, "PYTHONPATH": f"{helpers.ROOT}:{cwd}"}
+    options = {"input": lines, "env": environment, "cwd": cwd, "stdout": subprocess.PIPE, "text": True, "timeout": 600}
+    return json.loads(subprocess.run([sys.executable, __file__], check=True, **options).stdout)
 
 
 def run(module: str, arguments: list[str]) -> tuple[int, str, str]:
@@ -65,4 +69,4 @@ def run(module: str, arguments: list[str]) -> tuple[int, str, str]:
 if __name__ == "__main__":
     for name in ("api", "configure", "training", "question_files", "exports"):
         importlib.import_module(f"lamini_jax.{name}")
-    print(json.dumps([run(sys.argv[1], arguments) for arguments in json.load(sys.stdin)]))
+    print(json.dumps([run(module, arguments) for module, *arguments in json.load(sys.stdin)]))

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file, save
 from test_readers import CONTENTS, FILES, MANY, NUMBERS, SOME, TEXTS, VALUES, read_or_refuse, write_json
 
-from lamini_jax import api, question_files
+from lamini_jax import api, memories, question_files
 from lamini_jax.config import identity
 from lamini_jax.data import facts
 from lamini_jax.errors import BAD_INPUT, OTHER_RUN
@@ -37,7 +37,7 @@ class Echo:
     """Stands for a memory: it answers with the question."""
 
     def ask(self, questions, *_):
-        return [api.Answer(question, 1.0, [], 0) for question in questions]
+        return [memories.Answer(question, 1.0, [], 0) for question in questions]
 
 
 class Source:
@@ -51,7 +51,7 @@ class Source:
 @given(content=JSONL)
 def test_any_bytes_for_facts(content, tmp_path):
     (tmp_path / "facts.jsonl").write_bytes(content)
-    found = read_or_refuse(lambda: facts.read_jsonl(str(tmp_path / "facts.jsonl"), TOKENIZER, 64))
+    found = read_or_refuse(lambda: facts.read(str(tmp_path / "facts.jsonl"), TOKENIZER, 64))
     for fact in found or []:
         assert fact.question.strip() and fact.answer.strip()
         (fact.question + fact.answer).encode()

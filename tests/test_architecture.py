@@ -22,10 +22,11 @@ LAYERS = (
     ("memory",),
     ("evaluation",),
     ("training",),
-    ("configure",),
+    ("configure", "memories", "edits"),
+    ("fact_memory",),
     ("api",),
     ("question_files", "exports"),
-    ("tune", "ask", "export", "__main__"),
+    ("tune", "ask", "forget", "facts", "export", "train_scope", "__main__"),
     ("experiments.shared", "experiments.configs"),
     ("experiments",),
 )

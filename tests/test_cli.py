@@ -166,7 +166,7 @@ def test_console_script():
 
 def test_console_script_refuses_what_commands_refuse(tmp_path):
     cases = (
-        (["nope"], ["'nope'", "tune, ask, export"]),
+        (["nope"], ["'nope'", "tune, ask, forget, facts"]),
         (["ask"], ["--workdir", "--memory"]),
         (["tune", f"--workdir={tmp_path}"], ["--facts is required"]),
         (["export", f"--output={tmp_path / 'out'}"], ["--workdir"]),

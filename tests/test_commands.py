@@ -14,6 +14,7 @@ from lamini_jax.runtime.workdir import alone
 
 FACTS = helpers.some_facts(2, answer_length=3)
 FLAGS = (
+    *helpers.PAPER,
     "--config.memory.num_experts=4096",
     "--config.router.calibration_questions=64",
     "--config.tuning.optimizer.name=adam",

@@ -17,13 +17,14 @@ from reference import relative_error
 from safetensors.numpy import load_file, save_file
 
 from lamini_jax import exports
-from lamini_jax.api import Memory, Source
+from lamini_jax.api import Source
 from lamini_jax.backbone import answering, frozen_model, transformer
 from lamini_jax.backbone import checkpoints as formats
 from lamini_jax.backbone.checkpoints import huggingface, shipped
 from lamini_jax.config import BackboneConfig, Config, to_config_dict
 from lamini_jax.configure import configure
 from lamini_jax.errors import BAD_INPUT, FACTS_DO_NOT_HOLD, OTHER_RUN, UserError
+from lamini_jax.memories import ExpertMemory
 from lamini_jax.memory import experts, routers, storage
 
 QUESTIONS = ["Who?", "What is 12 plus 34?", "Where is the red box of Ada Stone, and why?", "\u00dcber was?"]
@@ -62,9 +63,11 @@ def random_memory(config, model, router, ids_S):
 
 def said(world, tuned, questions=QUESTIONS):
     """Everything there is to an answer: text, probability, experts."""
-    return dict(
-        answering.ask(world.model, storage.adapter_fn(world.model, tuned, world.config), questions, max_new_tokens=12)
-    )
+    adapter_fn = storage.adapter_fn(world.model, tuned, world.config)
+    answers = dict(answering.ask(world.model, adapter_fn, questions, max_new_tokens=12))
+    for number, answer in answers.items():
+        answers[number] = answer._replace(selection=answer.selection.expert_ids_BK.tolist())
+    return answers
 
 
 def written(world, directory, tuned=None, expert_ids=None):
@@ -277,7 +280,7 @@ def test_peft_makes_of_an_adapter_what_the_memory_is(adapter):
     assert said(world, world.memory, 4 * QUESTIONS[:1])[0].text == text
 
 
-class Knows(Memory):
+class Knows(ExpertMemory):
     """A memory that acts on answers alone, of which only the answer to a question matters."""
 
     def ask(self, *_):
@@ -408,7 +411,7 @@ def test_an_adapter_beside_the_backbone_that_ships_brings_it(tmp_path):
     model, router = frozen_model.load(config), helpers.random_router(config)
     ids_S = np.unique(routers.select_facts(model, router, QUESTIONS[:1], config.memory.top_k).expert_ids_FK)
     stored = random_memory(config, model, router, ids_S)
-    said = export_adapter(Memory(config, model, stored), QUESTIONS[0], tmp_path / "out")
+    said = export_adapter(ExpertMemory(config, model, stored), QUESTIONS[0], tmp_path / "out")
     base = json.loads((tmp_path / "out" / "adapter_config.json").read_text())["base_model_name_or_path"]
     assert base == str(tmp_path / "out" / "base")
     assert huggingface.fingerprint(base) == model.fingerprint

@@ -9,8 +9,10 @@ import pytest
 
 
 @pytest.mark.skipif(shutil.which("cc") is None, reason="needs a C compiler, to make single system calls fail")
-def test_nothing_is_lost_wherever_a_run_is_disturbed():
-    command = [sys.executable, helpers.ROOT / "tests" / "faults" / "inject.py", "--runs=3", "--first=60", "--every=90"]
+@pytest.mark.parametrize("router, first", [("experts", 60), ("facts", 20)])
+def test_nothing_is_lost_wherever_a_run_is_disturbed(router, first):
+    inject = helpers.ROOT / "tests" / "faults" / "inject.py"
+    command = [sys.executable, inject, "--runs=3", f"--first={first}", f"--router={router}"]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout + result.stderr
     assert result.stdout.count("; 0 lost") == 3

@@ -4,7 +4,10 @@ import importlib
 
 import kinds
 
-MODULES = "test_checkpoint_faults test_cli test_export test_facts test_faults test_processes test_wrong_input".split()
+MODULES = """
+    test_checkpoint_faults test_cli test_export test_fact_input test_fact_memory test_facts test_faults test_processes
+    test_wrong_input
+""".split()
 
 
 def test_kinds_of_bad_input():

@@ -17,6 +17,8 @@ from pathlib import Path
 import helpers
 import pytest
 import refusals
+import test_fact_memory
+from test_fact_memory import judged  # noqa: F401 (a fixture of all tests here)
 from test_processes import free_port
 
 from lamini_jax.errors import BAD_INPUT, PROCESS_LOST, UserError
@@ -24,6 +26,7 @@ from lamini_jax.runtime import checkpointing, paths
 
 FACTS = helpers.some_facts(3)
 FLAGS = (
+    *helpers.PAPER,
     "--config.memory.num_experts=4096",
     "--config.router.calibration_questions=64",
     "--config.tuning.optimizer.name=adam",
@@ -214,6 +217,29 @@ def test_a_config_in_a_bucket_and_what_is_refused(bucket, run, tmp_path, monkeyp
     monkeypatch.setenv("STORAGE_EMULATOR_HOST", f"http://127.0.0.1:{free_port()}")
     refusals.refuse("lamini_jax.tune", [([facts, workdir], ["the bucket cannot be used", "refused"])])
     assert time.monotonic() - started < 30
+
+
+def test_a_memory_of_facts_in_a_bucket(bucket, tmp_path):
+    """Tuned, added to, changed, forgotten from and asked there, bit for bit as on a disk; a failure changes nothing."""
+    facts, model = test_fact_memory.FACTS, test_fact_memory.make_model()
+    found = []
+    for directory in ("gs://bucket/facts", tmp_path / "facts"):
+        memory = test_fact_memory.opened(model, paths.as_path(directory))
+        memory.add(facts[:3])
+        memory.add([{**facts[0], "answer": "7Q"}, facts[3]])
+        assert memory.forget(questions=[facts[1]["question"]]).facts == 3
+        again = test_fact_memory.opened(model, paths.as_path(directory))
+        asked = [facts[0]["question"], facts[3]["question"], test_fact_memory.OUTSIDE[0]]
+        found.append((test_fact_memory.everything(again), test_fact_memory.said(again, asked)))
+        assert [text for text, _ in found[-1][1][:2]] == ["7Q", facts[3]["answer"]]
+    assert found[0] == found[1]
+    kept = {"memory.sqlite", "recall.jsonl", "results.json"}
+    assert {name.removeprefix("facts/") for name in bucket.names("facts/")} == kept
+    other, memory = (test_fact_memory.opened(model, paths.as_path("gs://bucket/facts")) for _ in range(2))
+    other.forget(questions=[facts[0]["question"]])
+    with pytest.raises(UserError, match="changed by another process"):
+        memory.forget(questions=[facts[2]["question"]])
+    assert len(test_fact_memory.opened(model, paths.as_path("gs://bucket/facts")).facts()) == 2
 
 
 def test_paths_of_this_machine_stay(tmp_path, monkeypatch):

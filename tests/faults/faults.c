@@ -62,6 +62,10 @@ ssize_t writev(int fd, const struct iovec *parts, int n) {
 }
 int fsync(int fd) { REAL(int, "fsync", int); return fails_fd(fd) ? -1 : real(fd); }
 int fdatasync(int fd) { REAL(int, "fdatasync", int); return fails_fd(fd) ? -1 : real(fd); }
+int ftruncate(int fd, off_t size) {
+    REAL(int, "ftruncate", int, off_t);
+    return fails_fd(fd) ? -1 : real(fd, size);
+}
 int ftruncate64(int fd, off_t size) {
     REAL(int, "ftruncate64", int, off_t);
     return fails_fd(fd) ? -1 : real(fd, size);
