@@ -20,7 +20,8 @@ MODULES = ("sklearn", "bm25s", "faiss")  # what the functions of this file impor
 class Reply(NamedTuple):
     """A system's answer, None or empty if it gives none, and how sure it is of that, on its own scale.
 
-    `known`, for memory experts only: the share of trained experts among those that the question selected.
+    `known`, for memories only: the share of trained experts among those that the question selected, or 1 if it is in
+    the scope of a stored fact and else 0.
     """
 
     text: str | None

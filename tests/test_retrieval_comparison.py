@@ -19,9 +19,11 @@ from lamini_jax.memory.routers import experts as expert_router
 from lamini_jax.runtime import cli
 from lamini_jax.training import MemoryMethod
 
-BOOK = list(itertools.islice(phone_book.pairs(0), 120))
+BOOK = list(itertools.islice(phone_book.pairs(0), 180))
 FACTS = [Fact(fact_id(question), question, answer) for question, answer in BOOK[:60]]
+STRANGERS = [Fact(fact_id(question), question, answer) for question, answer in BOOK[60:]]
 TEXTS = [fact.question for fact in FACTS]
+KINDS = ("verbatim", "typos", "rephrased", "unknown")
 
 
 def distance(a: str, b: str) -> int:
@@ -60,19 +62,19 @@ def test_only_the_b_tree_needs_every_letter(systems):
 
 
 def test_scores_fall_for_strangers(systems):
-    strangers = [text for text, _ in BOOK[60:]]
+    strangers = [fact.question for fact in STRANGERS]
     for name in comparison.RETRIEVAL:
         known = min(reply.score for reply in systems[name].answer(TEXTS))
         assert np.median([reply.score for reply in systems[name].answer(strangers)]) < known, name
 
 
 def test_questions():
-    test, calibration = comparison.questions(FACTS, 0)
-    again, _ = comparison.questions(FACTS, 0)
+    test, calibration = comparison.questions(FACTS, STRANGERS, 0)
+    again, _ = comparison.questions(FACTS, STRANGERS, 0)
     assert test == again
-    assert [len(test[kind]) for kind in comparison.SETS] == [60] * 4 == [len(calibration[k]) for k in comparison.SETS]
+    assert [len(test[kind]) for kind in KINDS] == [60] * 4 == [len(calibration[k]) for k in KINDS]
     assert test["verbatim"] == [(fact.question, fact.answer) for fact in FACTS]
-    for kind in comparison.SETS[1:]:
+    for kind in KINDS[1:]:
         asked = [text for text, _ in test[kind]]
         assert not set(asked) & set(TEXTS), kind
         assert not set(asked) & {text for text, _ in calibration[kind]}, kind
@@ -81,6 +83,13 @@ def test_questions():
         assert 1 <= distance(fact.question, typo) <= 4  # two swaps are four of its steps
         assert fact.question.removeprefix("What is the phone number of ")[:-1] in rephrased
     assert {answer for _, answer in test["unknown"]} == {None}
+
+
+def test_what_asks_for_no_name_is_not_rephrased():
+    facts = [Fact("1", "Is water wet?", "Yes"), *FACTS[:2]]
+    test, calibration = comparison.questions(facts, STRANGERS[:5], 0)
+    assert list(test) == list(calibration) == ["verbatim", "typos", "unknown"]
+    assert [len(calibration[kind]) for kind in calibration] == [3, 3, 2]
 
 
 def test_an_edit_makes_a_new_question():
@@ -149,7 +158,7 @@ def outcome(wrong: dict[str, int], exact: int = 0):
             "wrong": wrong.get(kind, 0),
             "none": 1000 - exact - wrong.get(kind, 0),
         }
-        for kind in comparison.SETS
+        for kind in KINDS
     }
     return {"sets": sets}
 
@@ -157,11 +166,11 @@ def outcome(wrong: dict[str, int], exact: int = 0):
 @pytest.mark.parametrize(
     "verbatim, unknown, indexes, expected",
     [
-        (0, 0, 100, ["reproduced", "reproduced", "reproduced"]),
-        (5, 50, 100, ["reproduced in part", "reproduced", "reproduced in part"]),
-        (20, 900, 100, ["not reproduced", "reproduced", "not reproduced"]),
-        (0, 900, 0, ["reproduced", "not reproduced", "not reproduced"]),
-        (0, 900, 1000, ["reproduced", "not reproduced", "reproduced in part"]),
+        (0, 0, 100, ["reproduced", "reproduced", "reproduced", "reproduced in part"]),
+        (5, 50, 100, ["reproduced in part", "reproduced", "reproduced in part", "reproduced"]),
+        (20, 900, 100, ["not reproduced", "reproduced", "not reproduced", "reproduced"]),
+        (0, 900, 0, ["reproduced", "not reproduced", "not reproduced", "reproduced"]),
+        (0, 900, 1000, ["reproduced", "not reproduced", "reproduced in part", "reproduced"]),
     ],
 )
 def test_verdicts_follow_from_the_counts(verbatim, unknown, indexes, expected):
@@ -171,6 +180,7 @@ def test_verdicts_follow_from_the_counts(verbatim, unknown, indexes, expected):
     systems |= {"lora": outcome({"unknown": 500}), "lora" + comparison.REFUSING: outcome({}), "mome": mome}
     systems["mome" + comparison.REFUSING] = outcome({})
     systems["mome" + comparison.KNOWN] = outcome({}, exact=1000)
+    systems |= {"facts": outcome({}), "facts" + comparison.REFUSING: outcome({})}
     assert [claim.verdict for claim in comparison.claims({"systems": systems})] == expected
 
 
@@ -183,8 +193,8 @@ def test_a_missing_extra_is_named():
 def test_a_killed_run_goes_on(tmp_path):
     """Systems that have answered are not asked again: these replies could not have come from any model."""
     facts = FACTS[:4]
-    test, calibration = comparison.questions(facts, 0)
-    for name in comparison.MODELS:
+    test, calibration = comparison.questions(facts, [*FACTS, *STRANGERS][4:12], 0)
+    for name in (*comparison.MODELS, "facts"):
         replies = {
             part: {
                 kind: [Reply(answer or "7", *([0.9, 1.0] if answer else [0.1, 31 / 32])) for _, answer in pairs]
@@ -205,8 +215,9 @@ def test_a_killed_run_goes_on(tmp_path):
     assert result.returncode == 0, result.stderr
     found = json.loads((tmp_path / "results.json").read_text())
     assert not (tmp_path / "lora").exists() and (tmp_path / "figures.png").stat().st_size > 10_000
-    models = ["lora", "lora + refusal", "mome", "mome + refusal", "mome + known experts"]
-    assert list(found["systems"]) == [*comparison.RETRIEVAL, *models]
+    models = ["lora", "lora + refusal", "mome", "mome + refusal"]
+    others = ["facts", "mome + known experts", "facts + refusal"]
+    assert sorted(found["systems"]) == sorted([*comparison.RETRIEVAL, *models, *others])
     assert found["systems"]["mome"]["sets"]["unknown"]["wrong"] == 4
     assert found["systems"]["mome + refusal"]["sets"]["unknown"]["none"] == 4
     assert found["systems"]["mome + known experts"]["sets"]["unknown"]["none"] == 4
