@@ -412,12 +412,12 @@ def test_the_verdict_follows_from_what_was_measured(more, failed):
 def test_a_real_memory_lives(tmp_path):
     workdir = tmp_path / "study"
     keep(workdir / "phone_book")
-    flags = "--counts=9", "--batch=3", "--config.memory.top_k=2"
+    flags = "--counts=4", "--batch=2", "--config.memory.top_k=2"
     result = helpers.call("experiments.editing", f"--workdir={workdir}", *flags)
     assert result.returncode == 0, result.stderr
     own = json.loads((workdir / "results.json").read_text())["sets"]["phone_book"]
     assert own["verbatim"] == own["first_batch_after_last"] == 1
     assert own["unfired_bitwise"] == own["unfired_answers"] == 1
-    assert own["holding"] == 9 and own["sharing"] == 0
+    assert own["holding"] == 4 and own["sharing"] == 0
     assert own["forgotten"]["equal"] == own["forgotten"]["state"] == 1
     assert own["changed"]["new"] == 1 and own["changed"]["old"] == 0

@@ -93,7 +93,7 @@ def test_adding_and_changing(tuned, directory):
 
 def test_listing(tuned, directory):
     table, found, _ = tuned[2:]
-    assert table.splitlines()[-1] == "4 facts" and all(f"{i}  yes" in table for i in IDS)
+    assert table.splitlines()[-1] == "facts: 4" and all(f"{i}  yes" in table for i in IDS)
     assert f"{MORE[0]['question']} -> Ida (and 1 other wordings)" in table
     assert IDS[3] in found and found.splitlines()[-1] == "facts: 1"
     lines = read_lines(directory / "listed.jsonl")
@@ -163,7 +163,7 @@ def test_exports(tuned, directory):
         ["facts", "--workdir=some"],
     )
     assert (whole, some) == ("4 facts in whole\n", "2 facts in some\n") and answer == "B4\n"
-    assert kept.splitlines()[-1] == "2 facts" and IDS[0] in kept and IDS[2] in kept
+    assert kept.splitlines()[-1] == "facts: 2" and IDS[0] in kept and IDS[2] in kept
     assert contents(directory / "whole").keys() == {*map(type(directory), ("config.json", "memory.sqlite"))}
 
 
