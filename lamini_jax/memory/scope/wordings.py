@@ -44,6 +44,7 @@ class Wording:
         return tuple(tuple(word for words in self.sentences[i:j] for word in words) for i, j in spans)
 
 
+@functools.lru_cache(maxsize=1 << 17)
 def normalized(text: str) -> str:
     """The text without what does not make it another question: case, space and final punctuation."""
     return " ".join(text.casefold().split()).rstrip(" .?!:;,…")
