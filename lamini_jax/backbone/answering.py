@@ -43,6 +43,18 @@ def same_for_all(**adapters: Any) -> AdapterFn:
     return AdapterFn(lambda prompt_BT, length_B: (), lambda selection: Adapters(**adapters))
 
 
+def handed(model: FrozenModel, questions: Sequence[str], selection: Any, build: Callable[[Any], Adapters]) -> AdapterFn:
+    """Adapters for these questions alone, each of which is handed its part of a selection that was made before."""
+    numbers = {tuple(model.tokenizer.prompt(question)): number for number, question in enumerate(questions)}
+
+    def select(prompt_BT, length_B):
+        prompts = zip(np.asarray(prompt_BT), np.asarray(length_B), strict=True)
+        index_B = np.array([numbers[tuple(prompt_T[:length].tolist())] for prompt_T, length in prompts])
+        return jax.tree.map(lambda x: x[index_B], selection)
+
+    return AdapterFn(select, build)
+
+
 BARE = same_for_all()  # the backbone alone
 
 

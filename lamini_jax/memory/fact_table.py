@@ -140,14 +140,7 @@ class FactTable:
         if (found.fact_B == NONE).all():
             return questions, answering.BARE
         texts = [self.router.wordings.texts[wording] for wording in found.wording_B]
-        numbers = {tuple(self.model.tokenizer.prompt(text)): number for number, text in enumerate(texts)}
-
-        def select(prompt_BT, length_B):
-            prompts = zip(np.asarray(prompt_BT), np.asarray(length_B), strict=True)
-            index_B = np.array([numbers[tuple(prompt_T[:length].tolist())] for prompt_T, length in prompts])
-            return jax.tree.map(lambda x: x[index_B], found)
-
-        return texts, AdapterFn(select, self.adapters)
+        return texts, answering.handed(self.model, texts, found, self.adapters)
 
     def adapter_fn(self, threshold: float) -> AdapterFn:
         """The memory as adapters of the backbone, none at all for a batch in which no question is in a fact's scope."""
@@ -158,7 +151,7 @@ class FactTable:
         if (np.asarray(found.fact_B) == NONE).all():
             return Adapters(selection=found)
         fetch = functools.partial(_gather_trained, *self._experts)
-        return storage.selected_by(None, fetch, self.config).build(found)
+        return storage.builder(fetch, self.config)(found)
 
     @functools.cached_property
     def _experts(self) -> tuple[jax.Array, dict[str, jax.Array]]:

@@ -175,18 +175,18 @@ def with_experts(model: FrozenModel, router: routers.Router, fetch, config: Conf
     def select(prompt_BT, length_B):
         return routers.select(router, model, prompt_BT, length_B, config.memory.top_k)
 
-    return selected_by(select, fetch, config)
+    return AdapterFn(select, builder(fetch, config))
 
 
-def selected_by(select: Callable[[Any, Any], routers.Selection], fetch, config: Config) -> AdapterFn:
-    """The same with any selection of experts."""
+def builder(fetch, config: Config) -> Callable[[routers.Selection], Adapters]:
+    """Makes the adapters of a selection, with `fetch` as in `with_experts`."""
     target, positions = config.memory.target, config.memory.positions
 
     def build(selection):
         adapter = _adapter(fetch(selection.expert_ids_BK), selection.gates_BK, target)
         return adapters(adapter, positions, selection)
 
-    return AdapterFn(select, build)
+    return build
 
 
 def rows_to_bytes(experts_XR: dict[str, np.ndarray]) -> list[bytes]:

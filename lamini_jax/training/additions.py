@@ -11,6 +11,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
+from lamini_jax.backbone import answering
 from lamini_jax.backbone.answering import AdapterFn
 from lamini_jax.backbone.frozen_model import FrozenModel
 from lamini_jax.config import Config
@@ -98,18 +99,13 @@ class _Additions(MemoryMethod):
 
     def adapter(self, state) -> tuple[FrozenModel, AdapterFn]:
         """The model and adapters with which each of these facts, and no other question, gets its experts."""
-        tokenizer, (_, ids_FK, gates_FK) = self.model.tokenizer, self.selection
-        numbers = {tuple(tokenizer.prompt(fact.question)): number for number, fact in enumerate(self.facts)}
-
-        def select(prompt_BT, length_B):
-            prompts = zip(np.asarray(prompt_BT), np.asarray(length_B), strict=True)
-            index_B = np.array([numbers[tuple(prompt_T[:length].tolist())] for prompt_T, length in prompts])
-            return Selection(ids_FK[index_B], gates_FK[index_B])
+        questions, selected = [fact.question for fact in self.facts], Selection(*self.selection[1:])
 
         def fetch(expert_ids_BK):
             return _gather(state.experts_NR, expert_ids_BK)
 
-        return self.model, storage.selected_by(select, fetch, self.config)
+        build = storage.builder(fetch, self.config)
+        return self.model, answering.handed(self.model, questions, selected, build)
 
 
 def _selection(experts_F: Sequence[Sequence[int]], ids_N: np.ndarray, most: int) -> FactSelection:
