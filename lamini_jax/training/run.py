@@ -67,14 +67,14 @@ class Run:
 
     def epochs(self) -> Iterator[Progress]:
         """The progress after each epoch. Raises UserError (PREEMPTED) after a SIGTERM, when all is saved."""
-        epoch, budget = self.progress.epoch, self.method.config.tuning.epochs
+        epoch, budget, stopped = self.progress.epoch, self.method.config.tuning.epochs, False
         bar = processes.progress_bar(total=budget, initial=epoch, desc=self._title, unit="epoch")
         steps = loop.epochs(self.method, self.state, self.progress, self._until_all_hold)
         with processes.preemption_guard(), bar:
             with contextlib.closing(steps):
                 for self.state, progress in steps:
                     if progress.batches:
-                        if processes.preempted(progress.steps):
+                        if stopped := processes.preempted(progress.steps):
                             break
                     elif progress.epoch > epoch:
                         epoch = progress.epoch
@@ -87,7 +87,8 @@ class Run:
             if not self._patient or self.progress.batches or self._checkpoints.due():
                 self._save()
             self._checkpoints.close()
-        if self.progress.batches:
+        # A smaller budget than before may end a run in the middle of an epoch, which is no reason to go on.
+        if stopped:
             where = f"in epoch {epoch + 1}, after {self.progress.steps} steps"
             raise UserError(f"terminated {where}, which are saved: run again to continue", status=PREEMPTED)
         self._ended = True
