@@ -30,16 +30,17 @@ class Related:
     siblings: tuple[str, ...] = ()  # what else may be asked of the same subject, which must not be taken for it either
 
 
-def _relations() -> dict[str, list[list[str]]]:
-    """By kind of subject, the wordings of each relation, with {} for the subject: a line of the file has one."""
+def _lists(file: str) -> dict[str, list[list[str]]]:
+    """By kind of subject, the lists in a file's lines."""
     found: dict[str, list[list[str]]] = {}
-    for line in (Path(__file__).parent / "relations.txt").read_text(encoding="utf-8").splitlines():
-        kind, wordings = line.split(": ", 1)
-        found.setdefault(kind, []).append(wordings.split(" | "))
+    for line in (Path(__file__).parent / file).read_text(encoding="utf-8").splitlines():
+        kind, texts = line.split(": ", 1)
+        found.setdefault(kind, []).append(texts.split(" | "))
     return found
 
 
-_GROUPS = _relations()
+_GROUPS = _lists("relations.txt")  # the wordings of each relation, with {} for the subject
+_NOUNS = {kind: nouns for kind, (nouns,) in _lists("nouns.txt").items()}  # subjects without a name
 _NAMES = {
     "first": "Anna Omar Mei Carlos Ingrid Kwame Priya Jonas Fatima Luca Elif Mateo Aiko Peter Zanele Boris Chloe John "
     "Mary William James David Thomas Robert George Charles Henry Paul Maria Louise Elizabeth Stefan Marcus Giovanni "
@@ -58,6 +59,9 @@ _NAMES = {
     "rite": "Battle Treaty Festival Siege Conference Council Championship Election Congress Tournament Open Marathon",
 }
 _NAMES = {kind: words.split("," if "," in words else None) for kind, words in _NAMES.items()}
+_ARTICLES = "the the the our our my".split()
+_SHARE_NAMELESS = 0.3  # of the subjects that may have a name
+_KINDS = "old new main small second back front upper lower north south east west big spare other".split()
 _ASIDES = (
     "The weather was mild for the season.",
     "It has been renovated twice since then.",
@@ -76,8 +80,8 @@ _ASIDES = (
 
 def related(count: int, seed: int) -> list[Related]:
     """So many records, a function of the seed; those of a smaller count are the first of a larger one."""
-    rng = np.random.default_rng((seed, 4))
-    return [_record(rng) for _ in range(count)]
+    rng, taken = np.random.default_rng((seed, 4)), set()
+    return [_record(rng, taken) for _ in range(count)]
 
 
 def read(path: str) -> list[Related]:
@@ -125,12 +129,22 @@ def _beside(rng, letter: str) -> str:
     return _pick(rng, near if near and rng.integers(2) else _ALPHABET)
 
 
-def _record(rng) -> Related:
-    kind = _pick(rng, list(_GROUPS))
-    subject, alike = _SUBJECTS[kind](rng)
-    (at, other) = rng.permutation(len(_GROUPS[kind]))[:2]
-    wordings, elsewhere = (list(rng.permutation(_GROUPS[kind][i])) for i in (at, other))
-    rephrased = [_styled(rng, wording.format(subject)) for wording in wordings[1:3]]
+def _record(rng, taken: set[tuple[str, int, str]]) -> Related:
+    """One record. `taken` are the kinds, relations and subjects of those before it, which none asks for again: there
+    are few subjects without a name."""
+    while True:
+        kind = _pick(rng, list(_GROUPS))
+        (at, other) = map(int, rng.permutation(len(_GROUPS[kind]))[:2])
+        nameless = kind not in _SUBJECTS or kind in _NOUNS and rng.random() < _SHARE_NAMELESS
+        subject, again, alike = _nameless(rng, kind) if nameless else _named(rng, kind)
+        asked = {(kind, i, _bare(text)) for i, text in ((at, subject), (at, alike), (other, subject))}
+        if not asked & taken:
+            taken |= asked
+            break
+    wordings, elsewhere = ([str(text) for text in rng.permutation(_GROUPS[kind][i])] for i in (at, other))
+    if nameless:  # hardly anybody writes these as the beginning of a statement
+        wordings, elsewhere = (sorted(texts, key=lambda text: text[-1] != "?") for texts in (wordings, elsewhere))
+    rephrased = [_styled(rng, wording.format(again)) for wording in wordings[1:3]]
     if rng.random() < 0.2:
         rephrased = [f"{_pick(rng, _ASIDES)} {text}" for text in rephrased]
     same = wordings[0 if rng.random() < 0.3 else 1]  # often in the very words of the question
@@ -171,6 +185,34 @@ def _two(rng, draw: Callable) -> tuple[str, str]:
         other = one[:at] + _pick(rng, _ALPHABET) + one[at + 1 :]
         other = other[:1].upper() + other[1:]
     return (one, other) if one != other else (one, f"{one}a")
+
+
+def _named(rng, kind: str) -> tuple[str, str, str]:
+    """A subject with a name, twice, and one with a similar name."""
+    subject, alike = _SUBJECTS[kind](rng)
+    return subject, subject, alike
+
+
+def _bare(subject: str) -> str:
+    """The subject without its article."""
+    return subject.split(" ", 1)[1] if subject.split(" ", 1)[0] in _ARTICLES else subject
+
+
+def _nameless(rng, of_kind: str) -> tuple[str, str, str]:
+    """A subject without a name, the same as somebody else may call it, and another one."""
+    one, other = map(str, rng.choice(_NOUNS[of_kind], 2, replace=False))
+    if of_kind == "rule":
+        return one, one, other
+    kind, another = rng.choice(_KINDS, 2, replace=False)
+    article, second, third = rng.choice(_ARTICLES, 3)
+    one, other = (
+        (one, other),
+        (one, other),
+        (f"{kind} {one}", f"{another} {one}"),
+        (f"{kind} {one}", f"{kind} {other}"),
+        (one, f"{kind} {one}"),
+    )[rng.integers(5)]
+    return (f"{article} {one}", f"{second} {one}", f"{third} {other}")
 
 
 def _person(rng) -> tuple[str, str]:

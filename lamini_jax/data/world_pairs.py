@@ -44,7 +44,7 @@ _REWORDED = {
         r"How can I open the vault of \1?",
     ),
 }
-_VAULTS = 8  # of so many records, one is about somebody's vault
+_VAULTS = 2  # of so many records, one is about somebody's vault
 
 
 def related(count: int, seed: int) -> list[Related]:

@@ -18,12 +18,11 @@ from lamini_jax.config import Config
 from lamini_jax.errors import UserError
 from lamini_jax.index import exact
 from lamini_jax.memory.routers import experts as expert_router
-from lamini_jax.memory.scope import Scope, wordings
+from lamini_jax.memory.scope import CANDIDATES, Scope, wordings
 from lamini_jax.memory.scope.wordings import Statistics
 from lamini_jax.memory.slots import EMPTY_SLOT
 from lamini_jax.runtime import sharding
 
-CANDIDATES = 8
 NONE = -1  # the number of no fact
 
 

@@ -18,6 +18,7 @@ from lamini_jax.errors import UserError
 from lamini_jax.memory.scope.judge import Judge
 from lamini_jax.runtime import paths, user_cache
 
+CANDIDATES = 16  # the nearest wordings, which are judged
 SHIPPED = Path(__file__).parent / "judges"
 _COMMAND = "python -m lamini_jax.train_scope"
 

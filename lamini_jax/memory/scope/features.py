@@ -53,7 +53,8 @@ def _pair(asked: Wording, stored: Wording, weight: Callable, statistics: Statist
     b = {word: weight(word) for word in stored.runs[0]}
     runs = [{word: weight(word) for word in run} for run in asked.runs]
     a = max(runs, key=lambda run: _overlap(run, b))  # of equal ones the longest
-    names, slips = asked.named | stored.named, _slips(asked.same, stored.same)
+    names = asked.named | stored.named
+    slips = _slips(asked.same, stored.same, names)
     # In other words, a name that differs in a letter is another name.
     alike_a, alike_b = _matches(a, b, () if slips else names)
     lacks_a, lacks_b = ({w: v * (1 - s[w]) for w, v in x.items()} for x, s in ((a, alike_a), (b, alike_b)))
@@ -67,7 +68,7 @@ def _pair(asked: Wording, stored: Wording, weight: Callable, statistics: Statist
         "asked_names": _share(lacks_a, name_a),
         "stored_names": _share(lacks_b, name_b),
         "stored_name": _rarest(lacks_b, name_b) / statistics.most,
-        "nameless": float(not name_b),
+        "nameless": float(stored.nameless),
         "meaning": meaning,
         "told": told,
         "stored_rest": _share(lacks_b, rest_b),
@@ -153,20 +154,17 @@ def edits(a: str, b: str, most: int) -> int:
     return min(last[-1], most + 1)
 
 
-def _slips(a: str, b: str) -> float:
-    if _DIGITS.findall(a) != _DIGITS.findall(b):  # another number is another question
+def _slips(a: str, b: str, names: Collection[str]) -> float:
+    """Falls with the slips that make one text of the other: 1 for none, 0 for more than two and for another number."""
+    total = edits(a, b, _MOST_EDITS)
+    if total > _MOST_EDITS or _DIGITS.findall(a) != _DIGITS.findall(b):  # another number is another question
         return 0.0
     x, y = a.split(), b.split()
-    pairs = zip(x, y, strict=True) if len(x) == len(y) else [(a, b)]
-    slips = [_slips_of_word(*pair) for pair in pairs]
+    pairs = [pair for pair in zip(x, y, strict=False) if len(set(pair)) == 2] if len(x) == len(y) else []
+    if any(max(map(len, pair)) < _SHORTEST and not names.isdisjoint(pair) for pair in pairs):
+        return 0.0  # in a short name, another letter makes another name
     # Two slips in one word are rare, and names that differ in two letters are not.
-    return float(np.exp(-sum(n * n for n in slips) / 2)) if sum(slips) <= _MOST_EDITS else 0.0
-
-
-def _slips_of_word(w: str, v: str) -> int:
-    """The letters in which two words differ; more than are possible for short words, where another letter is another
-    word."""
-    return edits(w, v, _MOST_EDITS) if w == v or min(len(w), len(v)) >= _SHORTEST else _MOST_EDITS + 1
+    return float(np.exp(-(2 * total if total == 2 and len(pairs) == 1 else total) / 2))
 
 
 def _letters(a: Weights, b: Weights) -> float:

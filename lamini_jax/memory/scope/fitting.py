@@ -16,12 +16,11 @@ from lamini_jax.config import Config, router_layer
 from lamini_jax.data import question_pairs
 from lamini_jax.data.question_pairs import Related
 from lamini_jax.memory.routers import experts
-from lamini_jax.memory.scope import Scope
+from lamini_jax.memory.scope import CANDIDATES, Scope
 from lamini_jax.memory.scope.features import NAMES, RELATION, SUBJECT, features
 from lamini_jax.memory.scope.judge import Judge, Linear
 from lamini_jax.memory.scope.wordings import Statistics, Words, normalized, read
 
-CANDIDATES = 8
 SIZES = (64, 1000)  # of the simulated memories, in records
 SHOWN = (0.05, 0.01, 0.001)
 RATES = (0.2, 0.1, 0.05, 0.02, 0.01, 0.005, 0.002, 0.001)

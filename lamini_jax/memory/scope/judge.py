@@ -27,8 +27,9 @@ class Linear:
 
     def __call__(self, feature_X: np.ndarray) -> np.ndarray:
         """The log-odds of arrays of features, whose last axis is in the order of NAMES."""
-        own_X = feature_X[..., [NAMES.index(name) for name in self.names]]
-        # A sum and no product of matrices, whose last bit depends on how many rows there are.
+        # A sum and no product of matrices, and of numbers that lie side by side: otherwise the last bit depends on how
+        # many rows there are.
+        own_X = np.ascontiguousarray(feature_X[..., [NAMES.index(name) for name in self.names]])
         return ((own_X - self.mean) / self.scale * self.weights).sum(axis=-1) + self.bias
 
 

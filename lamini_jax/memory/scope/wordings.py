@@ -15,6 +15,7 @@ from lamini_jax.data import calibration, world
 from lamini_jax.runtime import sharded_tables
 
 _WORD = re.compile(r"[^\W_]+(?:['’][^\W_]+)*")
+_POSSESSIVE = re.compile(r"['’]s$", re.IGNORECASE)
 _SENTENCES = re.compile(r"(?<=\w\w\w[.?!])\s+|\n+")  # "J. Smith" and "Dr. No" are one sentence
 _MOST_SENTENCES = 4
 # A memory of eight facts knows nothing about words, so that many questions that nobody stored count beside it.
@@ -35,6 +36,7 @@ class Wording:
     same: str  # equal for texts that count as one wording: case, space and final punctuation do not tell them apart
     sentences: tuple[tuple[str, ...], ...]
     named: frozenset[str]
+    nameless: bool  # `named` are the words of a noun phrase then
 
     @functools.cached_property
     def runs(self) -> tuple[tuple[str, ...], ...]:
@@ -55,14 +57,35 @@ def read(text: str) -> Wording:
     """The wording of a text; any text has one."""
     parts = [part for part in _SENTENCES.split(text) if _WORD.search(part)]
     parts = parts[: 1 - _MOST_SENTENCES] + [" ".join(parts[1 - _MOST_SENTENCES :])] if len(parts) > 4 else parts
-    found = [_WORD.findall(part) for part in parts]
+    found = [_split(part) for part in parts]
     named = {word.casefold() for words in found for word in words if word != word.lower() or not word.isalpha()}
     # The first word of a sentence has a capital in any case.
     first = {words[0].casefold() for words in found} & _COMMON_FIRST
     sentences = tuple(tuple(word.casefold() for word in words) for words in found)
-    return Wording(text, normalized(text), sentences or ((),), frozenset(named - first))
+    subject = named - first or {word for words in sentences for word in _noun_phrase(words)}
+    return Wording(text, normalized(text), sentences or ((),), frozenset(subject), not named - first)
 
 
+def _noun_phrase(words: tuple[str, ...]) -> tuple[str, ...]:
+    """The words after the last article, or else after the last preposition, that are likely to be a sentence's subject
+    matter."""
+    for marks in (_ARTICLES, _PREPOSITIONS):
+        starts = [i + 1 for i, word in enumerate(words) if word in marks and words[i + 1 : i + 2]]
+        for start in reversed(starts):
+            rest = words[start:]
+            end = next((i for i, word in enumerate(rest) if word in _ENDS), len(rest))
+            if end:
+                return rest[:end]
+    return words[-1:]
+
+
+_ARTICLES = frozenset("the our my your his her their its a an this that these those".split())
+_PREPOSITIONS = frozenset("of for in on at to from by with about behind under over near into onto after before".split())
+_ENDS = _ARTICLES.union(
+    _PREPOSITIONS,
+    "is are was were be been has have had do does did can could may might must should will would shall".split(),
+    "and or if when where who what which how why that not i we you he she it they me us him them need get".split(),
+)
 _COMMON_FIRST = frozenset(
     "what which who whom whose when where why how is are was were do does did can could in on at to of for from by the "
     "a an name tell say write give list explain find if it they he she i with under during after before as and".split()
@@ -144,7 +167,12 @@ class Statistics:
 
 
 def _words(text: str) -> set[str]:
-    return {word.casefold() for word in _WORD.findall(text)}
+    return {word.casefold() for word in _split(text)}
+
+
+def _split(text: str) -> list[str]:
+    """The words of a text, without the 's of a possessive."""
+    return [_POSSESSIVE.sub("", word) for word in _WORD.findall(text)]
 
 
 @functools.cache
