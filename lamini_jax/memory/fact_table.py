@@ -18,7 +18,6 @@ from lamini_jax.memory import experts, storage
 from lamini_jax.memory.routers.facts import NONE, FactRouter, Found, Wordings
 from lamini_jax.memory.scope import Scope
 from lamini_jax.memory.scope.wordings import Statistics, Words, normalized
-from lamini_jax.memory.slots import EMPTY_SLOT
 from lamini_jax.memory.store import Contents, StoredFact
 from lamini_jax.runtime import sharding
 
@@ -150,20 +149,12 @@ class FactTable:
         """The adapters of what questions have selected."""
         if (np.asarray(found.fact_B) == NONE).all():
             return Adapters(selection=found)
-        fetch = functools.partial(_gather_trained, *self._experts)
-        return storage.builder(fetch, self.config)(found)
+        return storage.builder(self._rows, self.config)(found)
 
-    @functools.cached_property
-    def _experts(self) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """expert_ids_S, ascending, and experts_SR, with room so that few sizes compile."""
-        shape, dtype = experts.expert_shape(self.config.backbone, self.config.memory), self.config.memory.dtype
-        ids = sorted(self.contents.rows)
-        size = sharding.round_up(max(64, 1 << (len(ids) - 1).bit_length() if ids else 0), "experts")
-        ids_S = np.full(size, EMPTY_SLOT, np.int32)
-        ids_S[: len(ids)] = ids
-        rows = [self.contents.rows[expert] for expert in ids] + [b""] * (size - len(ids))
-        parts = storage.rows_from_bytes(rows, shape, dtype)
-        return sharding.put(ids_S), {name: sharding.put(part, *experts.AXES) for name, part in parts.items()}
-
-
-_gather_trained = jax.jit(experts.gather_trained)
+    def _rows(self, expert_ids_BK: np.ndarray) -> dict[str, jax.Array]:
+        """rows_BKR of some experts, which are sent to the devices as questions need them; zeros for EMPTY_SLOT."""
+        shape = experts.expert_shape(self.config.backbone, self.config.memory)
+        rows = [self.contents.rows.get(expert, b"") for expert in expert_ids_BK.ravel().tolist()]
+        parts = storage.rows_from_bytes(rows, shape, self.config.memory.dtype)
+        axes, leading = ("batch", None, *experts.AXES[1:]), expert_ids_BK.shape
+        return {name: sharding.put(part.reshape(*leading, *part.shape[1:]), *axes) for name, part in parts.items()}
