@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import itertools
 import json
-from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -49,19 +48,20 @@ class Plan(NamedTuple):
 
 
 class Edit(NamedTuple):
-    """What is written into the store, and what came of it."""
+    """What is written into the store, the table after that, and what came of it."""
 
     put: list[tuple[StoredFact, np.ndarray]]
     rows: dict[int, bytes]
     forget: list[str]
     free: list[int]
+    after: FactTable
     epochs: int = 0
     conflicts: tuple[tuple[str, str], ...] = ()  # ids of facts with other answers that the scope cannot tell apart
     generated: tuple[str, ...] = ()  # what each of `put` was answered with
 
     @property
     def writing(self) -> dict[str, Any]:
-        """The arguments of `FactStore.write` and `FactTable.changed`."""
+        """The arguments of `FactStore.write`."""
         return {"put": self.put, "rows": self.rows, "forget": self.forget, "free": self.free}
 
 
@@ -70,7 +70,7 @@ def plan(table: FactTable, facts: Sequence[Fact], replace: bool = False, failing
 
     `replace` forgets what is not in the list. Raises UserError for a question that is stored in another writing.
     """
-    places, stored = table.places, table.contents.facts
+    places, stored = table.router.places, table.contents.facts
     new, changed, again, same = [], [], [], []
     for fact in facts:
         known = stored[places[fact.id]] if fact.id in places else None
@@ -91,14 +91,14 @@ def check_wordings(facts: Sequence[Fact], table: FactTable | None = None, withou
 
     Other ones are those of these facts, and those of the table's, but for facts with the ids `without`.
     """
-    asking = table.asking if table else {}
+    asking = table.router.asking if table else {}
     owners: dict[str, Fact | StoredFact] = {}
     for fact in facts:
         for wording in fact.wordings:
             if not (same := normalized(wording)):
                 raise UserError(f"the question {wording!r} has no words; write it out")
-            others = [owners.setdefault(same, fact), asking.get(same, fact)]
-            for other in others:
+            stored = [table.fact(fact_id) for fact_id in asking.get(same, ())]
+            for other in (owners.setdefault(same, fact), *stored):
                 if other.id not in (fact.id, *without) and other.answer != fact.answer:
                     both = f"{wording!r} asks the same as {other.question!r} (id {other.id})"
                     raise UserError(f"{both}, whose answer is {other.answer!r}; keep one of them, or change that one")
@@ -131,7 +131,7 @@ class _Draft:
     """A memory while it is changed: who has which experts, and what has become of them."""
 
     table: FactTable
-    loads: Counter[int]
+    loads_N: np.ndarray
     released: set[int]  # experts of facts that are gone, or have others now
     additions: dict[str, Addition] = dataclasses.field(default_factory=dict)  # facts that are tuned
     rows: dict[int, bytes] = dataclasses.field(default_factory=dict)  # that are new or changed
@@ -141,18 +141,18 @@ class _Draft:
     @classmethod
     def without(cls, table: FactTable, ids: Sequence[str]) -> "_Draft":
         """The memory without some of its facts."""
-        draft = cls(table, table.loads.copy(), set())
+        draft = cls(table, table.loads_N.copy(), set())
         for fact_id in ids:
             draft.release(table.fact(fact_id).experts)
         return draft
 
     def release(self, experts: Sequence[int]) -> None:
         """Takes experts back from a fact."""
-        self.loads.subtract(experts)
+        self.loads_N[list(experts)] -= 1
         self.released.update(experts)
-        for expert in {expert for expert in experts if not self.loads[expert]}:
-            del self.loads[expert]
-            self.rows.pop(expert, None)
+        for expert in experts:
+            if not self.loads_N[expert]:
+                self.rows.pop(expert, None)
 
     def tune(self, facts: Sequence[Fact], directory: Path) -> None:
         """Gives facts experts and tunes them; those that do not hold begin anew with more experts."""
@@ -160,10 +160,10 @@ class _Draft:
         todo = {fact.id: fact for fact in facts}
         for number in range(_ROUNDS):
             without = [fact for fact_id, fact in todo.items() if fact_id not in self.additions]
-            experts_FK = allocation.give_out(self.loads, memory.num_experts, len(without), top_k)
+            experts_FK = allocation.give_out(self.loads_N, len(without), top_k)
             for fact, ids_K in zip(without, experts_FK.tolist(), strict=True):
                 self.additions[fact.id] = Addition(fact.id, fact.wordings, fact.answer, tuple(ids_K))
-                self.loads.update(ids_K)
+                self.loads_N[ids_K] += 1
             self._settle(list(todo), directory / f"round-{number}")
             todo = {fact_id: fact for fact_id, fact in todo.items() if not self.holds[fact_id]}
             top_k *= _MORE
@@ -175,19 +175,23 @@ class _Draft:
     def _settle(self, ids: list[str], directory: Path) -> None:
         """Tunes facts, and with them whoever else has an expert that this has changed, until nobody is left to ask."""
         for number in itertools.count():
-            # A free expert begins as one that nothing has trained, whoever has had it before.
-            known = {i: row for i, row in self.table.contents.rows.items() if i not in self.released} | self.rows
             asked = [self.additions[fact_id] for fact_id in ids]
+            known = {expert: row for fact in asked for expert in fact.experts if (row := self._row(expert))}
             done = additions.tune(self.table.config, self.table.model, asked, known, directory / str(number))
             changed = {expert for expert, row in done.rows.items() if known.get(expert) != row}
             self.rows |= {expert: done.rows[expert] for expert in changed}
             self.epochs += done.epochs
-            touched = self._sharing({expert for expert in changed if self.loads[expert] > 1}, set(ids))
+            touched = self._sharing({expert for expert in changed if self.loads_N[expert] > 1}, set(ids))
             if not touched:
                 self.holds |= dict(zip(ids, done.holds_F.tolist(), strict=True))
                 return
             self.additions |= touched
             ids = [*ids, *touched]
+
+    def _row(self, expert: int) -> bytes | None:
+        """The row of an expert that has been trained. A free one begins anew, whoever has had it before."""
+        stored = None if expert in self.released else self.table.contents.rows.get(expert)
+        return self.rows.get(expert, stored)
 
     def _sharing(self, experts: set[int], known: set[str]) -> dict[str, Addition]:
         """The other facts that have one of these experts."""
@@ -198,8 +202,9 @@ class _Draft:
 
     def edit(self, put: list[tuple[StoredFact, np.ndarray]], forget: list[str]) -> Edit:
         """What is written of it."""
-        free = sorted(expert for expert in self.released if expert not in self.loads)
-        return Edit(put, self.rows, forget, free, self.epochs)
+        free = sorted(expert for expert in self.released if not self.loads_N[expert])
+        after = self.table.changed(put, self.rows, forget, free)
+        return Edit(put, self.rows, forget, free, after, self.epochs)
 
 
 def _judged(draft: _Draft, plan: Plan, gone: list[str], threshold: float) -> Edit:
@@ -213,23 +218,23 @@ def _judged(draft: _Draft, plan: Plan, gone: list[str], threshold: float) -> Edi
         put.append(StoredFact(fact_id, fact.question, fact.answer, tuple(fact.also), holds, when, tuple(experts)))
     texts = [text for fact in put for text in fact.wordings]
     owner_W = np.repeat(np.arange(len(put)), [len(fact.wordings) for fact in put])
-    key_WC = fact_router.keys(table.model, texts, table.scope)
+    key_WC = fact_router.keys(table.model, texts, table.router.scope)
     keys = [key_WC[owner_W == number] for number in range(len(put))]
     edit = draft.edit(list(zip(put, keys, strict=True)), gone)
-    after = table.changed(**edit.writing)
-    found = after.find(texts, threshold)
+    found = edit.after.find(texts, threshold)
     generated, conflicts = [fact.answer for fact in put], set()
-    for place, (answer, owner) in enumerate(zip(after.ask(texts, found), owner_W, strict=True)):
+    for place, (answer, owner) in enumerate(zip(edit.after.ask(texts, found), owner_W, strict=True)):
         if answer.text != put[owner].answer:
             generated[owner] = answer.text
         if found.runner_up_score_B[place] >= threshold:
-            other = after.holding[found.runner_up_B[place]]
+            other = edit.after.contents.facts[found.runner_up_B[place]]
             if other.answer != put[owner].answer:
                 conflicts.add(tuple(sorted((put[owner].id, other.id))))
     certified = [fact.certified and said == fact.answer for fact, said in zip(put, generated, strict=True)]
-    put = [dataclasses.replace(fact, certified=holds) for fact, holds in zip(put, certified, strict=True)]
-    put = list(zip(put, keys, strict=True))
-    return edit._replace(put=put, conflicts=tuple(sorted(conflicts)), generated=tuple(generated))
+    if certified != [fact.certified for fact in put]:
+        put = [dataclasses.replace(fact, certified=holds) for fact, holds in zip(put, certified, strict=True)]
+        edit = draft.edit(list(zip(put, keys, strict=True)), gone)
+    return edit._replace(conflicts=tuple(sorted(conflicts)), generated=tuple(generated))
 
 
 def _addition(fact: StoredFact) -> Addition:

@@ -220,7 +220,7 @@ class FactMemory(Memory):
         for fact in {*facts} - {None}:
             if not self.fact(fact).certified:
                 raise UserError(f"the fact with the id {fact} does not hold, and has no answer yet; tune it further")
-        numbers = np.array([NONE if fact is None else self.table.numbers[fact] for fact in facts])
+        numbers = np.array([NONE if fact is None else self.table.router.places[fact] for fact in facts])
         return self._answers(list(questions), self.table.router.handing(numbers), max_new_tokens, None, "answer")
 
     def _ask(self, questions, max_new_tokens, sampling, outside):
@@ -262,7 +262,7 @@ class FactMemory(Memory):
 
     def _described(self, found: fact_router.Found) -> Found:
         ids = [
-            None if number == NONE else self.table.holding[number].id
+            None if number == NONE else self.table.contents.facts[number].id
             for number in (found.fact_B, found.best_B, found.runner_up_B)
         ]
         scores = float(found.score_B), float(found.runner_up_score_B)
@@ -282,7 +282,7 @@ class FactMemory(Memory):
             raise UserError(f"{self.directory}: {said}; put back the files that belong together", OTHER_RUN)
 
     def _check_stored(self, fact: str, what: str) -> None:
-        if fact not in self.table.places:
+        if fact not in self.table.router.places:
             raise UserError(
                 f"{what} is not in the memory in {self.directory}; python -m lamini_jax.facts lists what is"
             )
@@ -300,10 +300,10 @@ class FactMemory(Memory):
         if processes.is_primary():
             self._store.write(**edit.writing)
         processes.barrier("written")
-        self.table = self.table.changed(**edit.writing)
+        self.table = edit.after
 
     def _change(self, **counts: Any) -> Change:
-        return Change(len(self.table.contents.facts), len(self.table.holding), **counts)
+        return Change(len(self.table.contents.facts), self.table.router.holding, **counts)
 
 
 def _as_tuned_last(config: Config, about: Mapping[str, str]) -> Config:

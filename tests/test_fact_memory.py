@@ -16,6 +16,7 @@ from lamini_jax import edits
 from lamini_jax.errors import UserError
 from lamini_jax.fact_memory import FactMemory
 from lamini_jax.memory import allocation, scope, store
+from lamini_jax.memory.fact_table import FactTable
 
 CONFIG = helpers.replace(
     CONFIG,
@@ -190,7 +191,7 @@ def test_a_full_memory_shares_experts_and_all_facts_hold(model, tmp_path):
     """The ledger says how many facts share one; who is hurt by a new fact is tuned again."""
     memory = opened(model, tmp_path / "full")
     memory.config = helpers.replace(memory.config, memory={"num_experts": 8})
-    memory.table = dataclasses.replace(memory.table, config=memory.config)
+    memory.table = FactTable.of(memory.config, model, memory.table.router.scope, memory.table.contents)
     memory.add(FACTS[:4])
     assert [fact.shared for fact in memory.facts()] == [0] * 4
     change = memory.add(FACTS[4:6])
@@ -199,9 +200,9 @@ def test_a_full_memory_shares_experts_and_all_facts_hold(model, tmp_path):
 
 
 def test_least_loaded_experts_are_given_out():
-    assert allocation.give_out({0: 1, 2: 1}, 8, 2, 2).tolist() == [[1, 3], [4, 5]]
-    assert allocation.give_out({0: 1, 1: 2, 2: 1}, 3, 2, 2).tolist() == [[0, 2], [0, 1]]
-    assert allocation.give_out({}, 2, 0, 2).shape == (0, 2)
+    assert allocation.give_out(np.array([1, 0, 1, 0, 0, 0, 0, 0]), 2, 2).tolist() == [[1, 3], [4, 5]]
+    assert allocation.give_out(np.array([1, 2, 1]), 2, 2).tolist() == [[0, 2], [0, 1]]
+    assert allocation.give_out(np.zeros(2, int), 0, 2).shape == (0, 2)
 
 
 def test_a_fact_that_does_not_hold_does_not_answer(model, tmp_path):

@@ -3,18 +3,15 @@
 A fact whose experts are its own can be added, changed and forgotten without any change to what another one has.
 """
 
-from collections.abc import Mapping
-
 import numpy as np
 
 
-def give_out(loads: Mapping[int, int], num_experts: int, count: int, top_k: int) -> np.ndarray:
+def give_out(loads_N: np.ndarray, count: int, top_k: int) -> np.ndarray:
     """expert_ids_FK for `count` new facts, given how many facts have each expert: the least loaded, lowest ids first.
 
-    The experts of one fact are distinct; `num_experts` is at least `top_k`.
+    The experts of one fact are distinct; there are at least `top_k`.
     """
-    loads_N = np.zeros(num_experts, np.int64)
-    loads_N[list(loads)] = list(loads.values())
+    loads_N = loads_N.copy()
     needed, given = count * top_k, []
     while needed > 0:
         # Of equally loaded experts all get one more fact before any of them gets two.
@@ -23,7 +20,7 @@ def give_out(loads: Mapping[int, int], num_experts: int, count: int, top_k: int)
         given.append(least_X)
         needed -= least_X.size
     ids_FK = np.concatenate(given).astype(np.int32).reshape(count, top_k) if count else np.zeros((0, top_k), np.int32)
-    return _distinct(ids_FK, num_experts)
+    return _distinct(ids_FK, loads_N.size)
 
 
 def _distinct(ids_FK: np.ndarray, num_experts: int) -> np.ndarray:

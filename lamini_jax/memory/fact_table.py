@@ -3,8 +3,7 @@
 import dataclasses
 import functools
 import operator
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import jax
 import numpy as np
@@ -15,9 +14,8 @@ from lamini_jax.backbone.decoding import Sampling
 from lamini_jax.backbone.frozen_model import Adapters, FrozenModel
 from lamini_jax.config import Config
 from lamini_jax.memory import experts, storage
-from lamini_jax.memory.routers.facts import NONE, FactRouter, Found, Wordings
+from lamini_jax.memory.routers.facts import NONE, FactRouter, Found
 from lamini_jax.memory.scope import Scope
-from lamini_jax.memory.scope.wordings import Statistics, Words, normalized
 from lamini_jax.memory.store import Contents, StoredFact
 from lamini_jax.runtime import sharding
 
@@ -28,16 +26,16 @@ class FactTable:
 
     config: Config
     model: FrozenModel
-    scope: Scope
     contents: Contents
-    statistics: Statistics  # of the wordings of the facts that answer
+    router: FactRouter
+    loads_N: np.ndarray  # how many facts have each expert
 
     @classmethod
     def of(cls, config: Config, model: FrozenModel, scope: Scope, contents: Contents) -> "FactTable":
         """The table of a store's contents."""
-        statistics = Statistics(Words(model))
-        statistics.add(text for fact in contents.facts if fact.certified for text in fact.wordings)
-        return cls(config, model, scope, contents, statistics)
+        before, router = Contents([], [], {}, contents.version - 1), FactRouter.empty(model, scope)
+        table = cls(config, model, before, router, np.zeros(config.memory.num_experts, np.int32))
+        return table.changed(list(zip(contents.facts, contents.keys, strict=True)), contents.rows)
 
     def changed(
         self,
@@ -46,66 +44,24 @@ class FactTable:
         forget: Sequence[str] = (),
         free: Sequence[int] = (),
     ) -> "FactTable":
-        """The table after what `FactStore.write` does with the same arguments."""
-        places, contents = self.places, self.contents
-        facts, keys, statistics = list(contents.facts), list(contents.keys), self.statistics.copy()
-        gone = [places[fact_id] for fact_id in (*forget, *(fact.id for fact, _ in put)) if fact_id in places]
-        statistics.remove(text for place in gone if facts[place].certified for text in facts[place].wordings)
-        statistics.add(text for fact, _ in put if fact.certified for text in fact.wordings)
-        for fact, key_WC in put:
-            if fact.id in places:
-                facts[places[fact.id]], keys[places[fact.id]] = fact, key_WC
-            else:
-                facts.append(fact)
-                keys.append(key_WC)
-        if forget:
-            dropped = {places[fact_id] for fact_id in forget}
-            facts, keys = ([x for place, x in enumerate(xs) if place not in dropped] for xs in (facts, keys))
-        table = {**contents.rows, **(rows or {})}
+        """The table after what `FactStore.write` does with the same arguments.
+
+        What takes longer in a larger memory, if all that changes is that new facts are put, is to copy lists and dicts,
+        and the keys on their devices: nothing else is made anew, or sent there.
+        """
+        router, loads_N = self.router.changed(put, forget), self.loads_N.copy()
+        old = [i for i in (*forget, *(fact.id for fact, _ in put)) if i in self.router.places]
+        _count(loads_N, map(self.fact, old), -1)
+        _count(loads_N, (fact for fact, _ in put), 1)
+        table = {**self.contents.rows, **(rows or {})}
         for expert in free:
             table.pop(expert, None)
-        return dataclasses.replace(
-            self, contents=Contents(facts, keys, table, contents.version + 1), statistics=statistics
-        )
-
-    @functools.cached_property
-    def places(self) -> dict[str, int]:
-        """The place of each fact by its id."""
-        return {fact.id: place for place, fact in enumerate(self.contents.facts)}
+        contents = Contents(router.facts, router.keys, table, self.contents.version + 1)
+        return dataclasses.replace(self, contents=contents, router=router, loads_N=loads_N)
 
     def fact(self, fact_id: str) -> StoredFact:
         """The fact with this id."""
-        return self.contents.facts[self.places[fact_id]]
-
-    @functools.cached_property
-    def asking(self) -> dict[str, StoredFact]:
-        """The fact of each wording, of which case, space and final punctuation do not count."""
-        return {normalized(text): fact for fact in self.contents.facts for text in fact.wordings}
-
-    @functools.cached_property
-    def holding(self) -> list[StoredFact]:
-        """The facts that answer: a fact that is not certified does not. The router knows them by their numbers here."""
-        return [fact for fact in self.contents.facts if fact.certified]
-
-    @functools.cached_property
-    def numbers(self) -> dict[str, int]:
-        """The number of each fact that answers by its id."""
-        return {fact.id: number for number, fact in enumerate(self.holding)}
-
-    @functools.cached_property
-    def loads(self) -> Counter[int]:
-        """How many facts have each expert."""
-        return Counter(expert for fact in self.contents.facts for expert in fact.experts)
-
-    @functools.cached_property
-    def router(self) -> FactRouter:
-        """Finds the facts that answer."""
-        kept = [key for fact, key in zip(self.contents.facts, self.contents.keys, strict=True) if fact.certified]
-        texts = [text for fact in self.holding for text in fact.wordings]
-        fact_W = np.repeat(np.arange(len(kept)), [len(key_WC) for key_WC in kept])
-        key_WC = np.concatenate(kept) if kept else np.zeros((0, self.scope.width), np.float16)
-        experts_F = [fact.experts for fact in self.holding]
-        return FactRouter(self.scope, self.statistics, Wordings(texts, key_WC, fact_W), experts_F)
+        return self.router.facts[self.router.places[fact_id]]
 
     def find(self, questions: Sequence[str], threshold: float) -> Found:
         """What each question selects."""
@@ -138,7 +94,7 @@ class FactTable:
         """What is answered for these questions, with which adapters: all of them select a fact, or none does."""
         if (found.fact_B == NONE).all():
             return questions, answering.BARE
-        texts = [self.router.wordings.texts[wording] for wording in found.wording_B]
+        texts = [self.router.texts[wording] for wording in found.wording_B]
         return texts, answering.handed(self.model, texts, found, self.adapters)
 
     def adapter_fn(self, threshold: float) -> AdapterFn:
@@ -158,3 +114,8 @@ class FactTable:
         parts = storage.rows_from_bytes(rows, shape, self.config.memory.dtype)
         axes, leading = ("batch", None, *experts.AXES[1:]), expert_ids_BK.shape
         return {name: sharding.put(part.reshape(*leading, *part.shape[1:]), *axes) for name, part in parts.items()}
+
+
+def _count(loads_N: np.ndarray, facts: Iterable[StoredFact], times: int) -> None:
+    """Counts so many times that these facts have their experts."""
+    np.add.at(loads_N, np.fromiter((expert for fact in facts for expert in fact.experts), np.int64), times)

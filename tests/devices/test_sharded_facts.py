@@ -2,9 +2,11 @@
 
 import jax
 import numpy as np
+import test_fact_table
 from test_fact_memory import FACTS, OUTSIDE, judged, make_model, opened, questions_of  # noqa: F401 (a fixture of all tests here)
 
 from lamini_jax.config import MeshConfig
+from lamini_jax.memory.routers import facts as fact_router
 from lamini_jax.runtime import sharding
 
 FACTS = FACTS[:4]
@@ -41,3 +43,12 @@ def test_added_on_a_mesh_and_opened_anywhere(tmp_path):
         rows_again, *again = on(other, tmp_path, told)
         assert again == [found, answers]
         assert all(np.array_equal(rows_again[expert], row) for expert, row in rows.items())
+
+
+def test_a_table_is_changed_on_a_mesh_as_it_is_read():
+    """New keys go to the devices that have their places, which need no others for that."""
+    with sharding.set_mesh(MeshConfig(2, 4), jax.devices()):
+        test_fact_table.test_a_table_that_was_changed_is_the_one_that_is_read(make_model())
+        keys_WC, key_XC = sharding.put(np.ones((128, 8), np.float32), "keys", None), np.ones((64, 8), np.float32)
+        program = fact_router._with_keys.lower(keys_WC, key_XC, np.int32(30)).compile().as_text()
+        assert not any(name in program for name in ("all-gather", "all-reduce", "all-to-all", "collective"))
