@@ -97,9 +97,9 @@ def check_wordings(facts: Sequence[Fact], table: FactTable | None = None, withou
         for wording in fact.wordings:
             if not (same := normalized(wording)):
                 raise UserError(f"the question {wording!r} has no words; write it out")
-            stored = [table.fact(fact_id) for fact_id in asking.get(same, ())]
+            stored = [table.fact(fact_id) for fact_id in asking.get(same, ()) if fact_id not in without]
             for other in (owners.setdefault(same, fact), *stored):
-                if other.id not in (fact.id, *without) and other.answer != fact.answer:
+                if other.id != fact.id and other.answer != fact.answer:
                     both = f"{wording!r} asks the same as {other.question!r} (id {other.id})"
                     raise UserError(f"{both}, whose answer is {other.answer!r}; keep one of them, or change that one")
 

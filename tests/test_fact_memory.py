@@ -187,6 +187,18 @@ def test_facts_that_cannot_be_told_apart_are_named(copied):
         copied.add([{"question": "?!", "answer": "B8"}])
 
 
+def test_equal_wordings_with_other_answers_are_refused(copied):
+    """Also in one list, and for each of several facts that had one answer."""
+    pair = [{"question": "Who keeps bees?", "answer": "Ida"}, {"question": "who keeps bees", "answer": "Ida"}]
+    with pytest.raises(UserError, match="asks the same as"):
+        copied.plan([pair[0], {**pair[1], "answer": "Ole"}])
+    copied.add(pair)
+    for fact in pair:
+        with pytest.raises(UserError, match="asks the same as"):
+            copied.plan([{**fact, "answer": "Ole"}])
+    assert len(copied.plan([{**fact, "answer": "Ole"} for fact in pair]).changed) == 2
+
+
 def test_a_full_memory_shares_experts_and_all_facts_hold(model, tmp_path):
     """The ledger says how many facts share one; who is hurt by a new fact is tuned again."""
     memory = opened(model, tmp_path / "full")
