@@ -118,20 +118,21 @@ class FactStore:
         with self._reading(), self._transaction("DEFERRED"):
             execute = self._connection.execute
             self.about = dict(execute("SELECT name, value FROM about"))
-            kept = execute(f"SELECT {_FIELDS}, digest FROM facts ORDER BY number").fetchall()
             keys: dict[str, list[bytes]] = {}
             for fact_id, key in execute("SELECT fact, key FROM wordings ORDER BY fact, place"):
                 keys.setdefault(fact_id, []).append(key)
-            table = execute("SELECT id, row, digest FROM experts").fetchall()
-            facts = [_fact(row) for row in kept]
+            table = execute("SELECT id, row, digest FROM experts")
             rows = {i: row for i, row, digest in table if len(row) == row_bytes and _digest(row) == digest}
-            for fact, (*_, digest) in zip(facts, kept, strict=True):
-                own = keys.get(fact.id, [])
+            contents = Contents([], [], rows, int(self.about["version"]))
+            for *row, digest in execute(f"SELECT {_FIELDS}, digest FROM facts ORDER BY number"):
+                fact = _fact(row)
+                own = keys.pop(fact.id, [])
                 whole = _fact_digest(fact, own) == digest and {key_bytes} == {len(key) for key in own}
                 if not (whole and rows.keys() >= set(fact.experts)):
                     raise ValueError(f"the fact {fact.question!r}")
-            key_C = [[np.frombuffer(key, np.float16) for key in keys[fact.id]] for fact in facts]
-            return Contents(facts, [np.array(own) for own in key_C], rows, int(self.about["version"]))
+                contents.facts.append(fact)
+                contents.keys.append(np.frombuffer(b"".join(own), np.float16).reshape(len(own), -1))
+            return contents
 
     def check_version(self, version: int) -> None:
         """Raises UserError unless the store has seen so many changes, and no others since."""
@@ -271,14 +272,16 @@ def now() -> str:
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
 
-def _fact(row: tuple) -> StoredFact:
+def _fact(row: Sequence) -> StoredFact:
     fact_id, question, also, answer, certified, date, experts = row[:7]
     experts = tuple(np.frombuffer(experts, "<i4").tolist())
-    return StoredFact(fact_id, question, answer, tuple(json.loads(also)), bool(certified), date, experts)
+    return StoredFact(
+        fact_id, question, answer, tuple(json.loads(also) if also != "[]" else ()), bool(certified), date, experts
+    )
 
 
 def _fact_digest(fact: StoredFact, keys: list[bytes]) -> bytes:
-    return _digest(json.dumps(dataclasses.astuple(fact)).encode() + b"".join(keys))
+    return _digest(json.dumps(tuple(vars(fact).values())).encode() + b"".join(keys))
 
 
 def _digest(content: bytes) -> bytes:

@@ -137,12 +137,14 @@ class Statistics:
 
     def add(self, texts: Iterable[str], times: int = 1) -> None:
         """Counts these wordings in."""
+        counts: collections.Counter[str] = collections.Counter()
         for text in texts:
             self.count += times
-            for word in _words(text):
-                self._stored[word] += times
-                if not self._stored[word]:
-                    del self._stored[word]
+            counts.update(_words(text))
+        for word, count in counts.items():
+            self._stored[word] += times * count
+            if not self._stored[word]:
+                del self._stored[word]
 
     def remove(self, texts: Iterable[str]) -> None:
         """Counts wordings out that had been added; nothing of them is left."""
