@@ -5,9 +5,7 @@ import os
 import shutil
 import tempfile
 
-# Before anything imports jax. Compiled in a hurry: nothing here is timed, and compiling is most of what tests do.
-os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
+os.environ["JAX_PLATFORMS"] = "cpu"  # before anything imports jax
 # Not the user's: one that all tests and the processes that they start have in common, for as long as they run.
 if not {"PYTEST_CURRENT_TEST", "PYTEST_XDIST_WORKER"} & set(os.environ):
     os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="lamini_jax_tests_")
@@ -21,6 +19,7 @@ from lamini_jax.memory import routers
 from lamini_jax.runtime import user_cache
 from lamini_jax.training import MemoryMethod
 
+os.environ.setdefault("XLA_FLAGS", helpers.HURRIED)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 # Those are for a process with several devices, which `test_devices.py` starts.

@@ -49,6 +49,8 @@ CONFIG = Config(
     lora=LoraConfig(rank=4, optimizer=OptimizerConfig("adam", 3e-3, "linear")),
 )
 TOKENIZER = ByteTokenizer()
+# XLA's flags: nothing is timed here, and compiling is most of what tests do. Its newer emitters take twice as long.
+HURRIED = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
 
 
 def random_params(config: BackboneConfig, seed: int = 0) -> transformer.Params:
@@ -225,7 +227,7 @@ def without_flags(name: str) -> ModuleType:
 
 def start(module: str, *arguments: object) -> subprocess.Popen:
     """Starts a command of the package, or experiments.NAME; what it compiles is compiled in a hurry."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": "--xla_backend_optimization_level=0"}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": HURRIED}
     module = module if "." in module else f"lamini_jax.{module}"
     command = [sys.executable, "-m", module, *map(str, arguments)]
     pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)

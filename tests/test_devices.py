@@ -5,12 +5,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-# Compiled in a hurry: nothing here is timed.
-FLAGS = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+import helpers
 
 
 def test_on_eight_devices():
-    environment = {**os.environ, "XLA_FLAGS": FLAGS}
+    environment = {**os.environ, "XLA_FLAGS": f"--xla_force_host_platform_device_count=8 {helpers.HURRIED}"}
     command = [sys.executable, "-m", "pytest", "-q", "--no-header", str(Path(__file__).parent / "devices")]
     result = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert result.returncode == 0 and " passed" in result.stdout, result.stdout + result.stderr

@@ -34,8 +34,7 @@ SAME_MODELS = {
 }
 
 TOKENS_BT = np.random.default_rng(0).integers(checkpoints.TOKENIZER_SIZE, size=(2, 24)).astype(np.int32)
-# Run once each: what counts is how fast they compile.
-logits = jax.jit(transformer.logits, static_argnums=0, compiler_options={"xla_backend_optimization_level": 0})
+logits = jax.jit(transformer.logits, static_argnums=0)
 
 
 def imported_logits(directory, **arguments):

@@ -32,7 +32,7 @@ def launch(directory, who, *arguments, port=0):
     environment = {
         **os.environ,
         "PYTHONPATH": f"{HERE.parent}{os.pathsep}{HERE}",
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0",
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} {helpers.HURRIED}",
     }
     command = [sys.executable, str(HERE / "worker.py"), str(directory), str(EPOCHS), str(port), who]
     command += map(str, arguments)
