@@ -10,6 +10,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import forks
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -225,11 +226,14 @@ def without_flags(name: str) -> ModuleType:
     return module
 
 
+def _whole_name(module: str) -> str:
+    return module if "." in module else f"lamini_jax.{module}"
+
+
 def start(module: str, *arguments: object) -> subprocess.Popen:
     """Starts a command of the package, or experiments.NAME; what it compiles is compiled in a hurry."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": HURRIED}
-    module = module if "." in module else f"lamini_jax.{module}"
-    command = [sys.executable, "-m", module, *map(str, arguments)]
+    command = [sys.executable, "-m", _whole_name(module), *map(str, arguments)]
     pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
     return subprocess.Popen(command, env=environment, text=True, **pipes)
 
@@ -243,9 +247,11 @@ def finish(process: subprocess.Popen, stdin: str | bytes = "") -> subprocess.Com
     return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
 
 
-def call(module: str, *arguments: object, stdin: str | bytes = "") -> subprocess.CompletedProcess:
-    """Runs it to its end."""
-    return finish(start(module, *arguments), stdin)
+def call(module: str, *arguments: object, stdin: str = "") -> subprocess.CompletedProcess:
+    """Runs it to its end, in a fork: most of what `start` takes is importing libraries."""
+    command = [_whole_name(module), *map(str, arguments)]
+    ((status, stdout, stderr),) = forks.run_all([command], Path.cwd(), stdin)
+    return subprocess.CompletedProcess(command, status, stdout, stderr)
 
 
 def write_facts(path: Path, facts: list[Fact]) -> Path:

@@ -10,7 +10,8 @@ import time
 
 import helpers
 import pytest
-from refusals import refuse, run_all
+from forks import run_all
+from refusals import refuse
 from test_commands import contents, read_lines
 
 import lamini_jax

@@ -48,12 +48,12 @@ def tune(
     facts: Path, workdir: Path, log: Path | None = None, at: int = 0, error: int = 0, flags=FLAGS
 ) -> tuple[int, str]:
     """Runs `tune` in a fork; its status (negative: the signal that ended it) and what it said on stderr."""
-    import refusals
+    import forks
 
     os.environ |= {"FAULT_UNDER": str(workdir), "FAULT_AT": str(at), "FAULT_ERROR": str(error)}
     if log:
         os.environ["FAULT_LOG"] = str(log)
-    status, _, stderr = refusals.run("lamini_jax.tune", [f"--facts={facts}", f"--workdir={workdir}", *flags])
+    status, _, stderr = forks.run("lamini_jax.tune", [f"--facts={facts}", f"--workdir={workdir}", *flags])
     os.environ.pop("FAULT_LOG", None)
     return status, stderr
 
