@@ -27,8 +27,8 @@ def told(memory):
 
 
 def add(memory):
-    memory.add(FACTS[:3])
-    change = memory.add(FACTS[3:])
+    memory.add(FACTS[:2])
+    change = memory.add(FACTS[2:])
     assert (change.facts, change.holding) == (4, 4)
     return told(memory)
 
