@@ -1,6 +1,7 @@
 """Every test: on the CPU, with implicit broadcasting of ranks refused, with data files and a cache of its own."""
 
 import atexit
+import gc
 import os
 import shutil
 import tempfile
@@ -11,6 +12,7 @@ if not {"PYTEST_CURRENT_TEST", "PYTEST_XDIST_WORKER"} & set(os.environ):
     os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="lamini_jax_tests_")
     atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
 
+import forks
 import helpers
 import jax
 import pytest
@@ -20,6 +22,7 @@ from lamini_jax.runtime import user_cache
 from lamini_jax.training import MemoryMethod
 
 os.environ.setdefault("XLA_FLAGS", helpers.HURRIED)
+gc.set_threshold(*forks.GARBAGE)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 # Those are for a process with several devices, which `test_devices.py` starts.

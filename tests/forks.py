@@ -5,6 +5,7 @@ As a program, it answers lines of JSON: [directory, environment, commands, stdin
 
 import atexit
 import functools
+import gc
 import importlib
 import json
 import os
@@ -18,6 +19,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 SECONDS = 300  # that a command may take
+GARBAGE = 50_000, 20, 50  # `gc.set_threshold`: tracing makes many objects, of which most stay
 
 
 @functools.cache
@@ -86,6 +88,7 @@ def _serve(line: str) -> list[tuple[int, str, str]]:
 
 
 if __name__ == "__main__":
+    gc.set_threshold(*GARBAGE)
     for name in ("api", "configure", "training", "question_files", "exports"):
         importlib.import_module(f"lamini_jax.{name}")
     for line in sys.stdin:
