@@ -1,0 +1,1 @@
+"""A server of the OpenAI API with a memory: HTTP in front, an engine that owns the devices behind."""
