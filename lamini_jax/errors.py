@@ -19,3 +19,11 @@ class UserError(Exception):
         shown = (letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in message)
         super().__init__("".join(shown))
         self.status = status
+
+
+class Busy(UserError):
+    """Another process is at work where only one may be: the same may be done later."""
+
+
+class Outdated(UserError):
+    """Another process has changed what was read: it has to be read again."""

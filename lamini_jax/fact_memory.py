@@ -36,6 +36,7 @@ from lamini_jax.memory.store import NAME, FactStore, StoredFact
 from lamini_jax.runtime import paths, processes, workdir
 
 Facts = facts_lib.Facts
+_RECALL = "recall.jsonl"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,9 +102,7 @@ class FactMemory(Memory):
         self._check_origin(config, about)
         super().__init__(config if create else _as_tuned_last(config, self._store.about), model)
         self.threshold = frozen.judge.threshold(self.config.router.false_fires)
-        row = experts.expert_shape(config.backbone, config.memory).floats * jnp.dtype(config.memory.dtype).itemsize
-        contents = self._store.read(frozen.width * np.dtype(np.float16).itemsize, row)
-        self.table = FactTable.of(self.config, model, frozen, contents)
+        self.table = self._stored(frozen)
 
     @property
     def adapter_fn(self) -> AdapterFn:
@@ -114,6 +113,10 @@ class FactMemory(Memory):
         other = copy.copy(self)
         other.threshold = threshold
         return other
+
+    def refresh(self) -> None:
+        """Reads the memory again, which another process has changed."""
+        self.table = self._stored(self.table.scope)
 
     def facts(self, search: str = "") -> list[ListedFact]:
         """The facts in the order in which they were added; with `search`, those with this text in any field."""
@@ -153,7 +156,7 @@ class FactMemory(Memory):
             did = {"asked": len(asked), "recalled": sum(each["exact"] for each in asked), "epochs": edit.epochs}
             did |= {"conflicts": edit.conflicts, "seconds": round(time.monotonic() - started, 3)}
             change = self._change(**counts, **did)
-            workdir.write_json_lines(self.directory / "recall.jsonl", asked)
+            workdir.write_json_lines(self.directory / _RECALL, asked)
             workdir.write_json(self.directory / "results.json", dataclasses.asdict(change))
         return change
 
@@ -179,8 +182,19 @@ class FactMemory(Memory):
         gone = list(dict.fromkeys(fact_id for fact_id, _ in asked))
         started = time.monotonic()
         with self._alone():
+            self.erase_traces(gone)
             self._write(edits.forgetting(self.table, gone))
         return self._change(forgotten=len(gone), seconds=round(time.monotonic() - started, 3))
+
+    def erase_traces(self, ids: Sequence[str]) -> None:
+        """Removes what files beside the store have of facts: what was asked last, and tuning that did not end."""
+        from lamini_jax import edits
+
+        edits.finished(self.directory)
+        said = self.directory / _RECALL
+        if said.is_file():
+            lines = said.read_text(errors="replace").splitlines(keepends=True)
+            workdir.write_text(said, "".join(line for line in lines if not any(gone in line for gone in ids)))
 
     def failing(self) -> list[str]:
         """The ids of facts that are not answered exactly in each of their wordings, all of which are asked."""
@@ -267,6 +281,12 @@ class FactMemory(Memory):
         ]
         scores = float(found.score_B), float(found.runner_up_score_B)
         return Found(ids[0], ids[1], scores[0], ids[2], scores[1])
+
+    def _stored(self, frozen: scope.Scope) -> FactTable:
+        """What is in the store."""
+        shape, memory = experts.expert_shape(self.config.backbone, self.config.memory), self.config.memory
+        sizes = frozen.width * np.dtype(np.float16).itemsize, shape.floats * jnp.dtype(memory.dtype).itemsize
+        return FactTable.of(self.config, self.model, frozen, self._store.read(*sizes))
 
     def _read(self, facts: Facts, may_be_empty: bool = False) -> list[Fact]:
         return facts_lib.read(facts, self.model.tokenizer, self.model.max_seq_len, may_be_empty)

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import operator
 from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -18,6 +19,14 @@ from lamini_jax.memory.routers.facts import NONE, FactRouter, Found
 from lamini_jax.memory.scope import Scope
 from lamini_jax.memory.store import Contents, StoredFact
 from lamini_jax.runtime import sharding
+
+
+class Candidate(NamedTuple):
+    """A stored wording that a question may have asked for: its score is infinite if both are the same."""
+
+    fact: StoredFact
+    wording: str
+    score: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,6 +76,15 @@ class FactTable:
         """What each question selects."""
         find = functools.partial(self.router.find, self.model, threshold=threshold)
         return frozen_model.map_questions(self.model, questions, find)
+
+    def nearest(self, question: str) -> list[Candidate]:
+        """The stored wordings that the scope compares a question with, the best first."""
+        judge = functools.partial(self.router.judged, self.model)
+        (wording_X,), (score_X,) = frozen_model.map_questions(self.model, [question], judge)
+        router = self.router
+        order_X = np.argsort(-score_X, kind="stable")
+        found = ((wording_X[i], float(score_X[i])) for i in order_X)
+        return [Candidate(router.facts[router.fact_W[i]], router.texts[i], score) for i, score in found]
 
     def ask(
         self,

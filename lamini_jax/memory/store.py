@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
-from lamini_jax.errors import UserError
+from lamini_jax.errors import Busy, Outdated, UserError
 from lamini_jax.runtime import paths
 
 NAME = "memory.sqlite"
@@ -135,11 +135,11 @@ class FactStore:
             return contents
 
     def check_version(self, version: int) -> None:
-        """Raises UserError unless the store has seen so many changes, and no others since."""
+        """Raises Outdated unless the store has seen so many changes, and no others since."""
         with self._reading(), self._newest() as connection:
             (found,) = connection.execute("SELECT value FROM about WHERE name = 'version'").fetchone()
         if found != str(version):
-            raise UserError(f"{self._path}: was changed by another process meanwhile; load it again")
+            raise Outdated(f"{self._path}: was changed by another process meanwhile; load it again")
 
     def copy(self, directory: Path) -> None:
         """Writes a copy of the file into a directory."""
@@ -170,7 +170,7 @@ class FactStore:
             version = self.about["version"], str(int(self.about["version"]) + 1)
             taken = "UPDATE about SET value = ? WHERE name = 'version' AND value = ?"
             if self._connection.execute(taken, version[::-1]).rowcount != 1:
-                raise UserError(f"{self._path}: was changed by another process meanwhile; load it again")
+                raise Outdated(f"{self._path}: was changed by another process meanwhile; load it again")
             gone = [(fact_id,) for fact_id in (*forget, *(fact.id for fact, _ in put))]
             many("DELETE FROM wordings WHERE fact = ?", gone)
             many("DELETE FROM facts WHERE id = ?", gone[: len(forget)])
@@ -245,7 +245,7 @@ class FactStore:
             if "full" in said or getattr(error, "errno", None) == errno.ENOSPC:
                 reason = "the disk is full; nothing has changed; make room and run again"
             elif "locked" in said:
-                reason = "another process is writing; wait and run again"
+                raise Busy(f"{self._path}: another process is writing; wait and run again") from error
             elif any(sign in said for sign in _DAMAGE):
                 reason = _damaged(said)
             else:

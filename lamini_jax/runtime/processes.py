@@ -4,6 +4,7 @@ With a single process nothing here has an effect, except SIGTERM and Ctrl-C, whi
 """
 
 import contextlib
+import contextvars
 import inspect
 import os
 import signal
@@ -25,6 +26,7 @@ from lamini_jax.errors import PROCESS_LOST, UserError
 _PATIENCE = 20  # seconds that a failing process waits for the others
 LONG_SECONDS = 5  # seconds after which progress is worth showing, as the `delay` of a bar
 _preempted = False
+_background: contextvars.ContextVar[threading.Event | None] = contextvars.ContextVar("background", default=None)
 
 
 def start(coordinator: str | None, num_processes: int | None, process_id: int | None, timeout: int) -> None:
@@ -140,8 +142,8 @@ def print_once(text: str) -> None:
 
 def progress_bar(iterable: Iterable | None = None, **options: Any) -> tqdm.tqdm:
     """A progress bar of the first process: twice a second on a terminal, every ten seconds in a file."""
-    interval = 0.5 if sys.stderr.isatty() else 10.0
-    return tqdm.tqdm(iterable, mininterval=interval, disable=not is_primary(), **options)
+    interval, hidden = 0.5 if sys.stderr.isatty() else 10.0, _background.get() is not None or not is_primary()
+    return tqdm.tqdm(iterable, mininterval=interval, disable=hidden, **options)
 
 
 def broadcast(flag: bool) -> bool:
@@ -157,7 +159,13 @@ def barrier(name: str) -> None:
 
 @contextlib.contextmanager
 def preemption_guard():
-    """Inside this context a SIGTERM or Ctrl-C does not end the process: `preempted` reports it. A second one does."""
+    """Inside this context a SIGTERM or Ctrl-C does not end the process: `preempted` reports it. A second one does.
+
+    Signals are the main thread's; in another one this has no effect.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
 
     def remember(number, _):
         global _preempted
@@ -175,9 +183,22 @@ def preemption_guard():
             signal.signal(number, before[number])
 
 
+@contextlib.contextmanager
+def in_background(ending: threading.Event):
+    """Inside this context, in this thread, runs show no progress, and end as after a SIGTERM when the event is set."""
+    token = _background.set(ending)
+    try:
+        yield
+    finally:
+        _background.reset(token)
+
+
 def preempted(step: int) -> bool:
     """Whether to stop after this step; the same in all processes."""
-    return _preempted if jax.process_count() == 1 else multihost_utils.reached_preemption_sync_point(step)
+    if jax.process_count() > 1:
+        return multihost_utils.reached_preemption_sync_point(step)
+    ending = _background.get()
+    return _preempted or (ending is not None and ending.is_set())
 
 
 def lost_process_status(error: Exception) -> int | None:

@@ -9,6 +9,8 @@ which must never be sent whole, are in `sharded_tables.py`.
 import contextlib
 import functools
 import math
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -33,6 +35,19 @@ RULES = {
     "vocab": "model",
 }
 Names = tuple[str | None, ...]
+
+
+def carried(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function for another thread: there it is called with the mesh that is ambient here, which threads do not
+    inherit."""
+    mesh = jax.sharding.get_mesh()
+
+    @functools.wraps(function)
+    def call(*arguments, **options):
+        with contextlib.nullcontext() if mesh.empty else jax.set_mesh(mesh):
+            return function(*arguments, **options)
+
+    return call
 
 
 def make_mesh(config: MeshConfig, devices=None) -> jax.sharding.Mesh:

@@ -13,7 +13,7 @@ from typing import Any
 
 import jax
 
-from lamini_jax.errors import OTHER_RUN, UserError
+from lamini_jax.errors import OTHER_RUN, Busy, UserError
 from lamini_jax.runtime import cli, paths, processes
 
 _NAMED, _SHOWN = 8, 40  # a message names so many differences, with so many characters of each value
@@ -110,7 +110,7 @@ def open_workdir(workdir: str, identity: Mapping[str, Any], where: Mapping[str, 
 
 @contextlib.contextmanager
 def alone(directory: Path):
-    """Inside this context no other run is at work in a directory. Raises UserError if one is there already.
+    """Inside this context no other run is at work in a directory. Raises Busy if one is there already.
 
     The lock ends with the process, however that ends, and leaves no file. Storage that has no locks is not guarded.
     """
@@ -123,7 +123,7 @@ def alone(directory: Path):
             except OSError as error:
                 taken = isinstance(error, BlockingIOError)
         if processes.broadcast(taken):
-            raise UserError(f"--workdir={directory}: another run is at work in it; wait, or use another --workdir")
+            raise Busy(f"--workdir={directory}: another run is at work in it; wait, or use another --workdir")
         yield
     finally:
         if handle is not None:

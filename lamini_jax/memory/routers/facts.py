@@ -113,6 +113,10 @@ class FactRouter:
 
     def find(self, model: FrozenModel, prompt_BT, length_B, threshold: float) -> Found:
         """What questions select: of the facts whose score is at least `threshold`, the one with the highest."""
+        return self._found(*self.judged(model, prompt_BT, length_B), threshold)
+
+    def judged(self, model: FrozenModel, prompt_BT, length_B) -> tuple[np.ndarray, np.ndarray]:
+        """wording_BX and score_BX of the stored wordings nearest to questions."""
         texts, asked = self.texts, own_texts(model, prompt_BT, length_B)
         nearest = _nearest(self.keys_WC, query(model, prompt_BT, length_B, self.scope), np.int32(len(texts)))
         wording_BX, cosine_BX = (np.array(x_BX)[:, : len(texts)] for x_BX in nearest)
@@ -123,7 +127,7 @@ class FactRouter:
             candidates = [wordings.read(texts[wording]) for wording in wording_X]
             arguments = wordings.read(text), candidates, cosine_BX[row], self.statistics
             score_BX[row] = self.scope.judge.scores(*arguments) if candidates else ()
-        return self._found(wording_BX, score_BX, threshold)
+        return wording_BX, score_BX
 
     def _same(self, text: str) -> int | None:
         """The last wording that equals a text but for case, space and final punctuation."""
