@@ -89,7 +89,7 @@ def plan(table: FactTable, facts: Sequence[Fact], replace: bool = False, failing
 def check_wordings(facts: Sequence[Fact], table: FactTable | None = None, without: Collection[str] = ()) -> None:
     """Raises UserError if a question has no words, or asks the same as another one with another answer.
 
-    Other ones are those of these facts, and those of the table's, but for facts with the ids `without`.
+    Other ones are those of these facts, and those of the table's, but for the table's with the ids `without`.
     """
     asking = table.router.asking if table else {}
     owners: dict[str, Fact | StoredFact] = {}
