@@ -9,6 +9,7 @@ COMMANDS = {
     "forget": "forgets facts of a memory",
     "facts": "lists and searches the facts of a memory",
     "train_scope": "trains what decides whether a question asks for a fact, for another backbone",
+    "serve": "serves a memory to clients of the OpenAI API, and a page",
     "export": "writes a memory, an adapter or a backbone for use elsewhere",
 }
 

@@ -22,8 +22,6 @@ from lamini_jax.runtime import paths, processes, workdir
 from lamini_jax.training import additions
 from lamini_jax.training.additions import Addition
 
-# A fact that does not hold gets so many times as many experts, in at most so many rounds.
-_MORE, _ROUNDS = 4, 3
 _UNFINISHED = "adding"
 
 
@@ -158,7 +156,7 @@ class _Draft:
         """Gives facts experts and tunes them; those that do not hold begin anew with more experts."""
         memory, top_k = self.table.config.memory, self.table.config.memory.top_k
         todo = {fact.id: fact for fact in facts}
-        for number in range(_ROUNDS):
+        for number in range(allocation.ROUNDS):
             without = [fact for fact_id, fact in todo.items() if fact_id not in self.additions]
             experts_FK = allocation.give_out(self.loads_N, len(without), top_k)
             for fact, ids_K in zip(without, experts_FK.tolist(), strict=True):
@@ -166,8 +164,8 @@ class _Draft:
                 self.loads_N[ids_K] += 1
             self._settle(list(todo), directory / f"round-{number}")
             todo = {fact_id: fact for fact_id, fact in todo.items() if not self.holds[fact_id]}
-            top_k *= _MORE
-            if not todo or number == _ROUNDS - 1 or top_k > memory.num_experts:
+            top_k *= allocation.MORE
+            if not todo or number == allocation.ROUNDS - 1 or top_k > memory.num_experts:
                 return
             for fact_id in todo:
                 self.release(self.additions.pop(fact_id).experts)

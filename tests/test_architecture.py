@@ -25,8 +25,8 @@ LAYERS = (
     ("configure", "memories", "edits"),
     ("fact_memory",),
     ("api",),
-    ("question_files", "exports"),
-    ("tune", "ask", "forget", "facts", "export", "train_scope", "__main__"),
+    ("question_files", "exports", "serving"),
+    ("tune", "ask", "forget", "facts", "export", "train_scope", "serve", "__main__"),
     ("experiments.shared", "experiments.configs"),
     ("experiments",),
 )

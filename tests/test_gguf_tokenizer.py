@@ -10,6 +10,7 @@ import pytest
 from checkpoints import BEGIN, END, END_OF_TURN, TOKENIZER_SIZE
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
+from lamini_jax.backbone import chat_template
 from lamini_jax.backbone.checkpoints import _gguf_tokenizer
 from lamini_jax.backbone.checkpoints import gguf as gguf_format
 from lamini_jax.config import BackboneConfig
@@ -74,7 +75,7 @@ def test_llama3(text, chatting):
     original = Tokenizer.from_file(str(directory / "tokenizer.json"))
     found = load(path)
     assert found.encode(text) == original.encode(text, add_special_tokens=False).ids
-    assert found.prompt(text) == original.encode(found._render(text), add_special_tokens=False).ids
+    assert found.prompt(text) == original.encode(found._render(chat_template.asking(text)), add_special_tokens=False).ids
     if "<|eot_id|>" not in text:  # which ends what is decoded
         assert found.decode(found.encode(text)) == original.decode(original.encode(text).ids)
 

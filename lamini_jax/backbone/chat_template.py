@@ -17,7 +17,7 @@ from lamini_jax.backbone.json_file import one_line
 from lamini_jax.errors import UserError
 
 Messages = list[dict[str, str]]  # each with a role and its content
-Render = Callable[[str], str]  # a question -> what the model reads before it answers
+Render = Callable[[Messages], str]  # what is said -> what the model reads before it answers
 
 _SYSTEM_FLAG = "--config.backbone.system"
 _TODAY = datetime.datetime(2024, 7, 26)  # what the templates of Llama 3 use if they cannot ask for the date
@@ -26,7 +26,7 @@ _SYSTEMS = ("Answer in one word.", "Be brief.")
 
 
 def load(directory: Path, settings: dict[str, Any], system: str = "") -> Render | None:
-    """The function that renders a question, after the `system` message if there is one; None without a template.
+    """The function that renders messages, after the `system` message if they have none; None without a template.
 
     `settings` is the checkpoint's tokenizer_config.json. Raises UserError for a template that cannot be read, fails,
     needs a system message or leaves out the one given, or leaves out the question; the function raises it, too.
@@ -38,14 +38,19 @@ def load(directory: Path, settings: dict[str, Any], system: str = "") -> Render 
         return None
     program = _compile(directory, source, _tokens(settings))
 
-    def render(question: str, system: str = system) -> str:
-        start = [{"role": "system", "content": system}] if system else []
-        return program([*start, {"role": "user", "content": question}])
+    def render(messages: Messages, system: str = system) -> str:
+        told = not system or messages[0]["role"] == "system"
+        return program(messages if told else [{"role": "system", "content": system}, *messages])
 
-    _check(directory, render, system)
+    _check(directory, lambda question, system=system: render(asking(question), system), system)
     if "strftime_now" in source:
         _warn_of_date(directory)
     return render
+
+
+def asking(question: str) -> Messages:
+    """The messages of a question alone."""
+    return [{"role": "user", "content": question}]
 
 
 def _check(directory: Path, render: Callable[..., str], system: str) -> None:

@@ -3,13 +3,14 @@
 import dataclasses
 import json
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
 from lamini_jax.backbone import chat_template, json_file
+from lamini_jax.backbone.chat_template import Messages
 from lamini_jax.backbone.json_file import one_line, shown
 from lamini_jax.errors import UserError
 
@@ -48,6 +49,15 @@ class Tokenizer(Protocol):
     def prompt(self, question: str) -> list[int]:
         """What the model reads before it answers."""
 
+    def chat(self, messages: Messages) -> list[int]:
+        """What the model reads before it says the next message. Raises UserError for what the template refuses."""
+
+    def plain(self, text: str) -> list[int]:
+        """The tokens of a plain text that begins a sequence."""
+
+    def shown(self, ids: Sequence[int]) -> str:
+        """The text of some ids with the names of special tokens in it."""
+
     def completion(self, answer: str) -> list[int]:
         """What the model must then produce, the stop token included."""
 
@@ -69,6 +79,7 @@ class ByteTokenizer:
     pad_id, begin_id, answer_id, stop_id = 0xFC, 0xFD, 0xFE, 0xFF
     stop_ids = (stop_id,)
     frame = Frame((), 1, 1)
+    special = {pad_id: "<|pad|>", begin_id: "<|begin|>", answer_id: "<|answer|>", stop_id: "<|stop|>"}
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text. Raises UserError if it cannot be written in UTF-8 (lone surrogates)."""
@@ -85,13 +96,26 @@ class ByteTokenizer:
         """The question between the begin token and the answer token."""
         return [self.begin_id, *self.encode(question), self.answer_id]
 
+    def chat(self, messages: Messages) -> list[int]:
+        """The last message as a question: this tokenizer is of models that have learned questions and answers alone."""
+        return self.prompt(messages[-1]["content"])
+
+    def plain(self, text: str) -> list[int]:
+        """The text after the begin token."""
+        return [self.begin_id, *self.encode(text)]
+
+    def shown(self, ids: Sequence[int]) -> str:
+        """The text of some ids with the names of special tokens in it; bytes that are not UTF-8 become U+FFFD."""
+        written = b"".join(self.special[i].encode() if i in self.special else bytes([i]) for i in ids)
+        return written.decode("utf-8", errors="replace")
+
     def completion(self, answer: str) -> list[int]:
         """The answer and the stop token."""
         return [*self.encode(answer), self.stop_id]
 
     def continuation(self, context: str, text: str) -> tuple[list[int], list[int]]:
         """The tokens of a plain text, after the begin token, and those of what follows it."""
-        return [self.begin_id, *self.encode(context)], self.encode(text)
+        return self.plain(context), self.encode(text)
 
     def why_unsupported(self, text: str, exactly: bool) -> str | None:
         """None: bytes can represent every text."""
@@ -101,12 +125,7 @@ class ByteTokenizer:
         """Writes it as a byte-level tokenizer with a chat template, for other libraries to read."""
         from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-        names = {
-            "pad_token": "<|pad|>",
-            "bos_token": "<|begin|>",
-            "answer_token": "<|answer|>",
-            "eos_token": "<|stop|>",
-        }
+        names = dict(zip(("pad_token", "bos_token", "answer_token", "eos_token"), self.special.values(), strict=True))
         # Byte-level tokenizers write a byte that is not a visible Latin-1 character as a character from U+0100 on.
         visible = [byte for byte in range(256) if chr(byte).isprintable() and byte not in (0x20, 0xA0, 0xAD)]
         hidden = [byte for byte in range(256) if byte not in visible]
@@ -158,9 +177,21 @@ class CheckpointTokenizer:
 
     def prompt(self, question: str) -> list[int]:
         """The question as the chat template has it, and the beginning of the assistant's turn."""
+        return self.chat(chat_template.asking(question))
+
+    def chat(self, messages: Messages) -> list[int]:
+        """The messages as the chat template has them, and the beginning of the assistant's turn."""
         if self._render is None:
-            return self._ids(question + "\n")
-        return self.encode(self._render(question))
+            return self.plain("".join(f"{message['content']}\n" for message in messages))
+        return self.encode(self._render(messages))
+
+    def plain(self, text: str) -> list[int]:
+        """The text with the special tokens that the tokenizer puts before one."""
+        return self._ids(text)
+
+    def shown(self, ids: Sequence[int]) -> str:
+        """The text of some ids with the names of special tokens in it."""
+        return self._tokenizer.decode(list(ids), skip_special_tokens=False)
 
     def completion(self, answer: str) -> list[int]:
         """The answer and the token that ends a turn."""
@@ -169,7 +200,7 @@ class CheckpointTokenizer:
     def continuation(self, context: str, text: str) -> tuple[list[int], list[int]]:
         """The tokens of a plain text and of what follows it; blanks between them go with the latter, as in training."""
         kept = len(context.rstrip())
-        ids = self._ids(context[:kept])
+        ids = self.plain(context[:kept])
         return ids, self._ids(context + text)[len(ids) :]
 
     def why_unsupported(self, text: str, exactly: bool) -> str | None:

@@ -20,6 +20,7 @@ from lamini_jax.runtime import sharding
 
 Params = Any
 Cache = Any  # {"keys": keys_LBPGW, "values": values_LBPGW} of one part, which new tokens are written into
+Room = Any  # the same with heads before positions (LBGPW), from which attention reads without a copy
 Context = Any  # the same of tokens that have been read before, for any number of batches: B is 1 if they share it
 
 
@@ -155,27 +156,30 @@ def rotate(x_BTHW, positions_BT, config: BackboneConfig):
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
 
 
-def attend(q_BTHW, k_BPGW, v_BPGW, mask_BTP, dtype: str):
+def attend(q_BTHW, k_BGPW, v_BGPW, mask_BTP, dtype: str):
     """Masked softmax attention, heads side by side in the result: (B, T, H * W)."""
     B, T, H, W = q_BTHW.shape
-    G, P = k_BPGW.shape[2], k_BPGW.shape[1]
+    G, P = k_BGPW.shape[1:3]
     # X is the query heads of one key-value head, times T. With batch axes first and two axes in each product, every
     # compiler makes one batched matrix product of it; XLA's CPU backend is five times slower at the five-axis einsum.
     q_BGXW = q_BTHW.transpose(0, 2, 1, 3).reshape(B, G, -1, W)
-    scores_BGXP = contract("BGXW,BGPW->BGXP", q_BGXW, k_BPGW.transpose(0, 2, 1, 3), dtype)
+    scores_BGXP = contract("BGXW,BGPW->BGXP", q_BGXW, k_BGPW, dtype)
     scores_BHTP = jnp.where(mask_BTP[:, None], scores_BGXP.reshape(B, H, T, P), jnp.finfo(jnp.float32).min)
     weights_BGXP = jax.nn.softmax(scores_BHTP).reshape(B, G, -1, P)
-    mixed_BGXW = contract("BGXP,BGPW->BGXW", weights_BGXP, v_BPGW.transpose(0, 2, 1, 3), dtype)
+    mixed_BGXW = contract("BGXP,BGPW->BGXW", weights_BGXP, v_BGPW, dtype)
     return mixed_BGXW.reshape(B, H, T, W).transpose(0, 2, 1, 3).reshape(B, T, -1)
 
 
 class Block(nn.Module):
-    """Attention and MLP, each after a norm and around a residual. `adapter` may add to any of the linear layers."""
+    """Attention and MLP, each after a norm and around a residual. `adapter` may add to any of the linear layers.
+
+    Given a cache, it returns that with the new keys and values written into it; given a `room`, only the new ones.
+    """
 
     config: BackboneConfig
 
     @nn.compact
-    def __call__(self, x_BTD, positions_BT, mask_BTP, cache, adapter, context):
+    def __call__(self, x_BTD, positions_BT, mask_BTP, cache, adapter, context, room=None):
         c = self.config
         shapes = linear_shapes(c)
 
@@ -207,7 +211,11 @@ class Block(nn.Module):
             elif context is not None:
                 k_BPGW = _after(context["keys"], k_BPGW)
                 v_BPGW = _after(context["values"], v_BPGW)
-            mixed_BTO = attend(q_BTHW * c.head_dim**-0.5, k_BPGW, v_BPGW, mask_BTP, c.dtype)
+            k_BGPW, v_BGPW = k_BPGW.transpose(0, 2, 1, 3), v_BPGW.transpose(0, 2, 1, 3)
+            if room is not None:
+                cache = {"keys": k_BGPW.astype(room["keys"].dtype), "values": v_BGPW.astype(room["values"].dtype)}
+                k_BGPW, v_BGPW = (_within(room[name], cache[name], positions_BT) for name in ("keys", "values"))
+            mixed_BTO = attend(q_BTHW * c.head_dim**-0.5, k_BGPW, v_BGPW, mask_BTP, c.dtype)
             x_BTD = x_BTD + linear("o_proj", mixed_BTO)
         with jax.named_scope("mlp"):
             h_BTD = RMSNorm(c.norm_eps, name="mlp_norm")(x_BTD)
@@ -220,6 +228,12 @@ def _after(context_BPGW, x_BTGW):
     """The keys or values of a context and, after them, those of the tokens that follow it."""
     context_BPGW = jnp.broadcast_to(context_BPGW, (x_BTGW.shape[0], *context_BPGW.shape[1:]))
     return jnp.concatenate([context_BPGW.astype(x_BTGW.dtype), x_BTGW], axis=1)
+
+
+def _within(room_BGPW, x_BG1W, positions_B1):
+    """The keys or values of a room with those of one new token in their place."""
+    here_BP = jnp.arange(room_BGPW.shape[2])[None] == positions_B1
+    return jnp.where(here_BP[:, None, :, None], x_BG1W, room_BGPW)
 
 
 class Decoder(nn.Module):
@@ -278,10 +292,15 @@ def _positions(config: BackboneConfig, x_BT, positions_BT=None, cache: Cache = N
         slots_B1P = jnp.concatenate([before_BP, positions_BT], axis=1)[:, None]
     else:
         slots_B1P = jnp.arange(x_BT.shape[1] if cache is None else cache["keys"].shape[2])[None, None]
+    return positions_BT, _mask(config, slots_B1P, positions_BT)
+
+
+def _mask(config: BackboneConfig, slots_B1P, positions_BT):
+    """mask_BTP: which of these slots each token attends to."""
     mask_BTP = slots_B1P <= positions_BT[:, :, None]
     if config.sliding_window:
         mask_BTP &= slots_B1P > positions_BT[:, :, None] - config.sliding_window
-    return positions_BT, mask_BTP
+    return mask_BTP
 
 
 def init(decoder: Decoder, key: jax.Array) -> Params:
@@ -354,6 +373,47 @@ def early(decoder: Decoder, params: Params, tokens_BT, positions_BT=None, contex
         return block.apply({"params": weights}, hidden_BTD, positions_BT, mask_BTP, None, None, before)[0], None
 
     return jax.lax.scan(apply, hidden_BTD, jnp.arange(layers))[0]
+
+
+def step(
+    decoder: Decoder, params: Params, tokens_B, positions_B, rooms: tuple[Room, Room], adapter=None, *, reach: int
+):
+    """One more token of each of B sequences: hidden_B1D that `unembed` takes, and the rooms of both parts with it.
+
+    Rooms may have more sequences than B and more positions than `reach`. Only the first of each are read, so that a
+    step takes no longer than its sequences need. The adapter is one of the suffix.
+    """
+    hidden_B1D = decoder.apply({"params": params}, tokens_B[:, None], method="embed")
+    hidden_B1D, first = _step_part(
+        (decoder.config, params["prefix_layers"], None), hidden_B1D, positions_B, rooms[0], reach
+    )
+    hidden_B1D, second = _step_part(
+        (decoder.config, params["suffix_layers"], adapter), hidden_B1D, positions_B, rooms[1], reach
+    )
+    norm = RMSNorm(decoder.config.norm_eps)
+    return norm.apply({"params": params["final_norm"]}, hidden_B1D), (first, second)
+
+
+def _step_part(part, hidden_B1D, positions_B, room: Room, reach: int):
+    """`step` through one part: its config, its layers and their adapter."""
+    config, *stacks = part
+    rows_B, positions_B1 = jnp.arange(hidden_B1D.shape[0]), positions_B[:, None]
+    mask_B1P = _mask(config, jnp.arange(reach)[None, None], positions_B1)
+
+    def apply(hidden_B1D, layer):
+        # By their index, so that what is not read is not copied either.
+        weights, added = jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, layer, keepdims=False), stacks)
+        _, _, G, _, W = room["keys"].shape
+        read = {
+            name: jax.lax.dynamic_slice(room[name], (layer, 0, 0, 0, 0), (1, rows_B.size, G, reach, W))[0]
+            for name in room
+        }
+        return Block(config).apply({"params": weights}, hidden_B1D, positions_B1, mask_B1P, None, added, None, read)
+
+    hidden_B1D, new = jax.lax.scan(apply, hidden_B1D, jnp.arange(room["keys"].shape[0]))
+    # The axes that are indexed come first in what is set there: B before the layers.
+    new = jax.tree.map(lambda new_LBG1W: jnp.moveaxis(new_LBG1W[:, :, :, 0], 1, 0), new)
+    return hidden_B1D, jax.tree.map(lambda room, new: room.at[:, rows_B, :, positions_B].set(new), room, new)
 
 
 def unembed(decoder: Decoder, params: Params, hidden_BTD):

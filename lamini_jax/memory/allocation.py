@@ -5,6 +5,9 @@ A fact whose experts are its own can be added, changed and forgotten without any
 
 import numpy as np
 
+# A fact that does not hold gets so many times as many experts, in at most so many rounds.
+MORE, ROUNDS = 4, 3
+
 
 def give_out(loads_N: np.ndarray, count: int, top_k: int) -> np.ndarray:
     """expert_ids_FK for `count` new facts, given how many facts have each expert: the least loaded, lowest ids first.

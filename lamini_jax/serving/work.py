@@ -27,9 +27,9 @@ class Work:
 
 @dataclasses.dataclass(frozen=True)
 class Scoring:
-    """Prompts whose own tokens are scored, and the likeliest token that follows each."""
+    """A prompt whose own tokens are scored, by the backbone alone, and the likeliest token that follows it."""
 
-    prompts: tuple[tuple[int, ...], ...]
+    tokens: tuple[int, ...]
     likeliest: int = 1
     deadline: float = math.inf
 
@@ -47,6 +47,7 @@ class Token:
 class Piece:
     """More of an answer: the text that is new, and the tokens. The last piece of a choice has a `finish`."""
 
+    work: int  # its number in the request
     choice: int
     text: str
     tokens: tuple[Token, ...] = ()
@@ -55,19 +56,19 @@ class Piece:
 
 @dataclasses.dataclass(frozen=True)
 class Scored:
-    """The tokens of one prompt of a Scoring, and one more, which may be a stop token."""
+    """The tokens of a Scoring's prompt, and one more, which may be a stop token."""
 
-    prompt: int
+    work: int
     tokens: tuple[Token, ...]
 
 
 @dataclasses.dataclass(frozen=True)
 class Done:
-    """The end of a ticket, after which nothing comes: what was asked for, or the error that ended it."""
+    """The end of a request, after which nothing comes: what it took, and the error that ended it, if one did."""
 
     error: Exception | None = None
     prompt_tokens: int = 0
-    tokens: int = 0
+    tokens: int = 0  # generated
     queued_seconds: float = 0.0
     first_seconds: float = 0.0  # from its arrival until the first token
     seconds: float = 0.0
