@@ -1,24 +1,23 @@
 """The memory API: `/v1/memories`, in the shape that mem0's clients know. What is stored is stored word for word."""
 
 import asyncio
-import contextlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any, TypeVar
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from lamini_jax.errors import UserError
 from lamini_jax.runtime import sharding
+from lamini_jax.serving import limits
 from lamini_jax.serving import memory_schema as schema
 from lamini_jax.serving.limits import ApiError
 from lamini_jax.serving.openapi import Operation, Parameter
 from lamini_jax.serving.state import State
-from lamini_jax.serving.tuner import PENDING, Entry, Full
+from lamini_jax.serving.tuner import PENDING, Entry
 
 _PATH = "/v1/memories"
 _ID = Parameter("id", "path", {"type": "string"})
@@ -53,7 +52,7 @@ def routes(state: State) -> list[Route]:
     one = f"{_PATH}/{{id}}"
     return [
         Route(_PATH, api.add, methods=["POST"]),
-        Route(_PATH, api.list, methods=["GET"]),
+        Route(_PATH, api.page, methods=["GET"]),
         Route(f"{_PATH}/search", api.search, methods=["POST"]),
         Route(one, api.get, methods=["GET"]),
         Route(one, api.change, methods=["PUT"]),
@@ -70,10 +69,10 @@ class _Api:
         self._nearest = sharding.carried(lambda question: _nearest(state, question))
 
     async def add(self, request: Request) -> Response:
-        asked = await _body(request, schema.Addition)
+        asked = await self._body(request, schema.Addition)
         if len(asked.facts) > (most := self._state.settings.facts):
             raise ApiError(400, f"{len(asked.facts)} facts; send at most {most} at a time", param="facts")
-        doing = await self._put([fact.model_dump() for fact in asked.facts])
+        doing = await _stored_now(self._state.tuner.put, [fact.model_dump() for fact in asked.facts])
         if asked.wait:
             await self._settled(doing)
         # What was forgotten while this request waited is not there any more.
@@ -81,29 +80,28 @@ class _Api:
         results = [{**_shown(entry), "event": event} for event, entry in found]
         return JSONResponse({"results": results}, 202 if any(entry.state == PENDING for _, entry in found) else 200)
 
-    async def list(self, request: Request) -> Response:
+    async def page(self, request: Request) -> Response:
         search = request.query_params.get("search", "")
         limit, offset = _number(request, "limit", 100, 1, schema.MOST_LISTED), _number(request, "offset", 0, 0, None)
         found = await run_in_threadpool(self._state.tuner.entries, search)
-        page = {"total": len(found), "limit": limit, "offset": offset, "pending": self._state.tuner.figures.pending}
-        return JSONResponse({"results": [_shown(entry) for entry in found[offset : offset + limit]], **page})
+        counts = {"total": len(found), "limit": limit, "offset": offset, "pending": self._state.tuner.figures.pending}
+        return JSONResponse({"results": [_shown(entry) for entry in found[offset : offset + limit]], **counts})
 
     async def search(self, request: Request) -> Response:
-        asked = await _body(request, schema.Question)
-        with _bad_input():
-            return JSONResponse(await run_in_threadpool(self._nearest, asked.query))
+        asked = await self._body(request, schema.Question)
+        return JSONResponse(await run_in_threadpool(self._nearest, asked.query))
 
     async def get(self, request: Request) -> Response:
         return JSONResponse(_shown(self._entry(request)))
 
     async def change(self, request: Request) -> Response:
-        asked = await _body(request, schema.Alteration)
+        asked = await self._body(request, schema.Alteration)
         if asked.answer is None and asked.also is None:
             raise ApiError(400, 'there is nothing to change; give another "answer", or other wordings ("also")')
         known = self._entry(request)
         answer = known.answer if asked.answer is None else asked.answer
         also = list(known.also) if asked.also is None else asked.also
-        await self._put([{"question": known.question, "answer": answer, "also": also}])
+        await _stored_now(self._state.tuner.put, [{"question": known.question, "answer": answer, "also": also}])
         if asked.wait:
             await self._settled([known.id])
         entry = self._entry(request)
@@ -129,11 +127,10 @@ class _Api:
         told = [{"event": event.event, "created_at": event.date, "reason": event.reason} for event in events]
         return JSONResponse({"id": fact, "results": told})
 
-    async def _put(self, facts: list[dict]) -> dict[str, str]:
-        with _bad_input():
-            return await _stored_now(self._state.tuner.put, facts)
+    async def _body(self, request: Request, model: type[_Body]) -> _Body:
+        return await limits.body(request, model, self._state.settings.body_bytes)
 
-    async def _settled(self, facts) -> bool:
+    async def _settled(self, facts: Collection[str]) -> bool:
         """Waits until nothing is left to do for facts, or for as long as a request may take."""
         future = asyncio.wrap_future(self._state.tuner.settled(list(facts)))
         done, _ = await asyncio.wait([future], timeout=self._state.settings.seconds)
@@ -172,16 +169,6 @@ def _shown(entry: Entry) -> dict[str, Any]:
     return {**values, "updated_at": entry.date}
 
 
-async def _body(request: Request, model: type[_Body]) -> _Body:
-    """What a request sends. Raises ApiError for what does not fit the model."""
-    try:
-        return model.model_validate_json(await request.body())
-    except ValidationError as error:
-        first = error.errors(include_url=False, include_context=False)[0]
-        where = ".".join(map(str, first["loc"]))
-        raise ApiError(400, f"{where or 'the body'}: {first['msg']}", param=where or None) from None
-
-
 def _number(request: Request, name: str, default: int, least: int, most: int | None) -> int:
     text = request.query_params.get(name, str(default))
     value = int(text) if text.isascii() and text.isdecimal() and len(text) < 10 else -1
@@ -189,19 +176,6 @@ def _number(request: Request, name: str, default: int, least: int, most: int | N
         span = f"from {least} to {most}" if most else f"at least {least}"
         raise ApiError(400, f"{name}={text[:40]}: must be a whole number, {span}", param=name)
     return value
-
-
-@contextlib.contextmanager
-def _bad_input():
-    """Tells a client what is wrong with what it has sent."""
-    try:
-        yield
-    except Full as error:
-        full = ApiError(429, str(error), code="rate_limit_exceeded")
-        full.headers["Retry-After"] = "10"
-        raise full from None
-    except UserError as error:
-        raise ApiError(400, str(error)) from None
 
 
 def _unknown(fact: str) -> ApiError:

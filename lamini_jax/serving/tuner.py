@@ -21,6 +21,7 @@ from lamini_jax.memory.fact_table import FactTable
 from lamini_jax.memory.store import StoredFact, now
 from lamini_jax.runtime import processes, sharding
 from lamini_jax.serving.journal import FORGET, PUT, Event, Journal, Task
+from lamini_jax.serving.work import Full
 
 PENDING, CERTIFIED, FAILED = "pending", "certified", "failed"
 # Facts are tuned so many at once: each number compiles programs of its own, and small ones let early facts hold soon.
@@ -30,10 +31,6 @@ _WAIT = 1.0  # seconds until another process that is at work in the memory is lo
 _LACKING = "it is not answered exactly in each of its wordings; send it again to tune it further"
 
 _log = logging.getLogger(__name__)
-
-
-class Full(UserError):
-    """Too much is pending: try again later."""
 
 
 @dataclasses.dataclass(frozen=True)
