@@ -384,31 +384,27 @@ def step(
     step takes no longer than its sequences need. The adapter is one of the suffix.
     """
     hidden_B1D = decoder.apply({"params": params}, tokens_B[:, None], method="embed")
-    hidden_B1D, first = _step_part(
-        (decoder.config, params["prefix_layers"], None), hidden_B1D, positions_B, rooms[0], reach
-    )
-    hidden_B1D, second = _step_part(
-        (decoder.config, params["suffix_layers"], adapter), hidden_B1D, positions_B, rooms[1], reach
-    )
+    parts = (params["prefix_layers"], None, rooms[0]), (params["suffix_layers"], adapter, rooms[1])
+    read = []
+    for part in parts:
+        hidden_B1D, room = _step_part(decoder.config, part, hidden_B1D, positions_B, reach)
+        read.append(room)
     norm = RMSNorm(decoder.config.norm_eps)
-    return norm.apply({"params": params["final_norm"]}, hidden_B1D), (first, second)
+    return norm.apply({"params": params["final_norm"]}, hidden_B1D), tuple(read)
 
 
-def _step_part(part, hidden_B1D, positions_B, room: Room, reach: int):
-    """`step` through one part: its config, its layers and their adapter."""
-    config, *stacks = part
-    rows_B, positions_B1 = jnp.arange(hidden_B1D.shape[0]), positions_B[:, None]
+def _step_part(config: BackboneConfig, part, hidden_B1D, positions_B, reach: int):
+    """`step` through one part: its layers, their adapter, and its room."""
+    *stacks, room = part
+    rows_B, positions_B1, (_, _, G, _, W) = jnp.arange(hidden_B1D.shape[0]), positions_B[:, None], room["keys"].shape
     mask_B1P = _mask(config, jnp.arange(reach)[None, None], positions_B1)
 
     def apply(hidden_B1D, layer):
         # By their index, so that what is not read is not copied either.
         weights, added = jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, layer, keepdims=False), stacks)
-        _, _, G, _, W = room["keys"].shape
-        read = {
-            name: jax.lax.dynamic_slice(room[name], (layer, 0, 0, 0, 0), (1, rows_B.size, G, reach, W))[0]
-            for name in room
-        }
-        return Block(config).apply({"params": weights}, hidden_B1D, positions_B1, mask_B1P, None, added, None, read)
+        window = (layer, 0, 0, 0, 0), (1, rows_B.size, G, reach, W)
+        known = jax.tree.map(lambda x_LSGPW: jax.lax.dynamic_slice(x_LSGPW, *window)[0], room)
+        return Block(config).apply({"params": weights}, hidden_B1D, positions_B1, mask_B1P, None, added, None, known)
 
     hidden_B1D, new = jax.lax.scan(apply, hidden_B1D, jnp.arange(room["keys"].shape[0]))
     # The axes that are indexed come first in what is set there: B before the layers.

@@ -148,10 +148,10 @@ class Engine:
     def compile(self) -> None:
         """Runs every program once in each of its shapes, before the thread is started."""
         state, zero = self._state, np.int32(0)
-        for shared in {True, False} if self._shared else {False}:
-            for width in programs.widths(self.model, shared):
+        for model in (self.model, self._plain) if self._shared else (self._plain,):
+            for width in programs.widths(model):
                 prompt_1T = np.full((1, width), self.model.tokenizer.pad_id, np.int32)
-                state = programs.read(self.model if shared else self._plain, state, zero, prompt_1T)
+                state = programs.read(model, state, zero, prompt_1T)
         state = programs.copy(programs.equip(state, zero, self._no_adapter), zero, zero)
         for rows in programs.sizes(self.slots):
             for reach in programs.reaches(self.model.max_seq_len):
@@ -160,10 +160,8 @@ class Engine:
             stepped = programs.sample(stepped, _settings([], rows))
             jax.block_until_ready(programs.likeliest(stepped.logits_NV))
         for width in programs.score_widths(self.model.max_seq_len):
-            for many in (False, True):
-                rows = programs.scored_rows(width)
-                prompt_BT = np.zeros((rows, width), np.int32)
-                jax.block_until_ready(programs.score(self._plain, prompt_BT, many))
+            prompt_BT = np.zeros((programs.scored_rows(width), width), np.int32)
+            jax.block_until_ready(programs.score(self._plain, prompt_BT))
         self._state = state
 
     def _requests_waiting(self) -> int:
@@ -236,7 +234,7 @@ class Engine:
         adapters = work.adapters
         beside = adapters.suffix if adapters is not None else None
         model = self.model if shared and beside is None else self._plain
-        width = programs.at_least(programs.widths(model, bool(shared and beside is None)), length)
+        width = programs.at_least(programs.widths(model), length)
         prompt_1T = np.full((1, width), self.model.tokenizer.pad_id, np.int32)
         prompt_1T[0, :length] = work.tokens
         self._state = programs.read(model, self._state, np.int32(first), prompt_1T, beside)
@@ -321,9 +319,8 @@ class Engine:
         prompt_BT = np.full((programs.scored_rows(width), width), self.model.tokenizer.pad_id, np.int32)
         for row_T, work in zip(prompt_BT, works, strict=False):
             row_T[: len(work.tokens)] = work.tokens
-        many = any(work.likeliest > 1 for work in works)
         try:
-            scored = jax.tree.map(np.asarray, programs.score(self._plain, prompt_BT, many))
+            scored = jax.tree.map(np.asarray, programs.score(self._plain, prompt_BT))
         except Exception as error:
             for ticket, _ in scoring:
                 ticket.error = error

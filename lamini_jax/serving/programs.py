@@ -19,7 +19,7 @@ from lamini_jax.runtime import sharding
 from lamini_jax.serving.work import MOST_LIKELIEST
 
 _SHORTEST_REACH = 128
-_SCORED_TOKENS = 512  # whose logits are in memory together, for prompts that are not longer
+_SCORED_TOKENS = 4096  # of a batch of prompts that are scored
 
 
 class Slots(NamedTuple):
@@ -49,7 +49,7 @@ class Stepped(NamedTuple):
 
 def sizes(slots: int) -> list[int]:
     """The numbers of rows that a step may have."""
-    return [*(n for n in (1, *(4 << i for i in range(slots.bit_length()))) if n < slots), slots]
+    return [*(n for n in (4**i for i in range(slots.bit_length())) if n < slots), slots]
 
 
 def reaches(length: int) -> list[int]:
@@ -57,9 +57,12 @@ def reaches(length: int) -> list[int]:
     return [*(_SHORTEST_REACH << i for i in range(length.bit_length()) if _SHORTEST_REACH << i < length), length]
 
 
-def widths(model: FrozenModel, shared: bool) -> list[int]:
-    """The padded lengths of prompts, with what all of them begin with read before or not."""
-    known, found = model.num_shared if shared else 0, [*batches.PROMPT_LENGTHS]
+def widths(model: FrozenModel) -> list[int]:
+    """The padded lengths of prompts: close to each other where all prompts begin with what has been read before."""
+    known = model.num_shared
+    if not known:
+        return score_widths(model.max_seq_len)
+    found = [*batches.PROMPT_LENGTHS]
     while known + found[-1] < model.max_seq_len:
         found.append(2 * found[-1])
     return sorted({min(known + width, model.max_seq_len) for width in found})
@@ -181,12 +184,9 @@ def likeliest(logits_NV):
     return token_NX, logit_NX - jax.nn.logsumexp(logits_NV, axis=-1, keepdims=True)
 
 
-@functools.partial(jax.jit, static_argnames="many")
-def score(model: FrozenModel, prompt_BT, many: bool):
-    """Log-probabilities: logprob_BT of each next token, and token_BTX and logprob_BTX of the likeliest at its place.
-
-    X is MOST_LIKELIEST for `many` of them, otherwise 1.
-    """
+@jax.jit
+def score(model: FrozenModel, prompt_BT):
+    """Log-probabilities: logprob_BT of each next token, and token_BTX and logprob_BTX of the likeliest at its place."""
     parts = model.decoder, model.params
     hidden_BTD, _ = transformer.prefix(*parts, prompt_BT)
     hidden_BTD, _ = transformer.suffix(*parts, hidden_BTD)
@@ -195,20 +195,14 @@ def score(model: FrozenModel, prompt_BT, many: bool):
     def scored(part):
         hidden_1TD, next_1T = (x[None] for x in part)
         logits_TV = transformer.unembed(*parts, hidden_1TD)[0]
-        best_TX = likeliest(logits_TV) if many else _best(logits_TV)
-        return _logprobs(logits_TV, next_1T[0]), *best_TX
+        return _logprobs(logits_TV, next_1T[0]), *likeliest(logits_TV)
 
     return jax.lax.map(scored, (hidden_BTD, next_BT))
 
 
 def scored_rows(width: int) -> int:
-    """How many prompts of this padded length are scored at once."""
-    return max(1, _SCORED_TOKENS // width)
-
-
-def _best(logits_TV):
-    token_T = jnp.argmax(logits_TV, axis=-1)
-    return token_T[:, None].astype(jnp.int32), _logprobs(logits_TV, token_T)[:, None]
+    """How many prompts of this padded length are scored at once: one where that is as fast as several."""
+    return 1 if jax.default_backend() == "cpu" else max(1, _SCORED_TOKENS // width)
 
 
 def _logprobs(logits_NV, token_N):
