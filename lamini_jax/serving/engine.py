@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from lamini_jax.backbone.frozen_model import FrozenModel
@@ -97,7 +98,7 @@ class Engine:
         self._shared = model.tokenizer.frame.beginning if model.beginning is not None else ()
         self._empty = lambda: programs.empty(self._plain, slots, target, rank)
         self._state: Slots = self._empty()
-        self._no_adapter = jax.tree.map(lambda x_MSKX: x_MSKX[:, :1], self._state.adapter)
+        self._no_adapter = jax.tree.map(lambda x_MSKX: jnp.zeros_like(x_MSKX[:, :1]), self._state.adapter)
         self._equipped = [False] * slots
         self._active: list[_Answer] = []  # of slots 0, 1, ...: what they have is moved so that there are no gaps
         self._waiting: collections.deque[tuple[Ticket, int]] = collections.deque()
@@ -151,7 +152,7 @@ class Engine:
         for model in (self.model, self._plain) if self._shared else (self._plain,):
             for width in programs.widths(model):
                 prompt_1T = np.full((1, width), self.model.tokenizer.pad_id, np.int32)
-                state = programs.read(model, state, zero, prompt_1T)
+                state = programs.read(model, state, zero, prompt_1T, None)
         state = programs.copy(programs.equip(state, zero, self._no_adapter), zero, zero)
         for rows in programs.sizes(self.slots):
             for reach in programs.reaches(self.model.max_seq_len):

@@ -151,7 +151,7 @@ def sample(stepped: Stepped, settings: Settings) -> Stepped:
     def drawn(logits_V, temperature, top_p, *numbers):
         key = functools.reduce(jax.random.fold_in, numbers[1:], jax.random.key(numbers[0]))
         scaled_V = logits_V / jnp.maximum(temperature, 1e-4)
-        kept_V = jnp.where(jax.nn.softmax(scaled_V) >= _least_probability(scaled_V, top_p), scaled_V, -jnp.inf)
+        kept_V = jnp.where(nucleus(scaled_V, top_p), scaled_V, -jnp.inf)
         return jnp.argmax(kept_V + jax.random.gumbel(key, kept_V.shape))
 
     drawn_N = jax.vmap(drawn)(stepped.logits_NV, *settings).astype(jnp.int32)
@@ -159,10 +159,10 @@ def sample(stepped: Stepped, settings: Settings) -> Stepped:
     return stepped._replace(token_N=token_N, logprob_N=_logprobs(stepped.logits_NV, token_N))
 
 
-def _least_probability(logits_V, top_p):
-    """The greatest probability so that tokens which have it, or more, have `top_p` together: found by halving.
+def nucleus(logits_V, top_p):
+    """Which tokens are among the fewest, the likeliest ones, that have the probability `top_p` together.
 
-    Sorting a whole vocabulary would take a CPU longer than the step.
+    The least likely of them is found by halving: sorting a whole vocabulary would take a CPU longer than the step.
     """
     probability_V = jax.nn.softmax(logits_V)
 
@@ -172,9 +172,8 @@ def _least_probability(logits_V, top_p):
         enough = jnp.sum(jnp.where(probability_V >= middle, probability_V, 0.0)) >= top_p
         return jnp.where(enough, middle, low), jnp.where(enough, high, middle)
 
-    most = probability_V.max()
-    low, _ = jax.lax.fori_loop(0, 30, halve, (jnp.float32(0), most))
-    return jnp.where(top_p < 1, low, 0.0)
+    least, _ = jax.lax.fori_loop(0, 30, halve, (jnp.float32(0), probability_V.max()))
+    return (probability_V >= least) | (top_p >= 1)
 
 
 @jax.jit
