@@ -1,5 +1,6 @@
 """The launchers: they say what they would run, run it through the cluster's own tools, and start again when stopped."""
 
+import json
 import os
 import shutil
 import stat
@@ -45,6 +46,27 @@ def test_shellcheck():
     shellcheck = Path(sys.executable).parent / "shellcheck"  # which the test extra brings
     result = subprocess.run([shellcheck, "-x", *SCRIPTS], cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout
+
+
+def test_the_service_is_one_of_systemd(tmp_path):
+    """With a program that is there, in the place of the one that will be."""
+    if not shutil.which("systemd-analyze"):
+        pytest.skip("systemd-analyze is not here")
+    unit = (LAUNCH / "lamini-jax.service").read_text().replace("/opt/lamini_jax/.venv/bin/python", sys.executable)
+    (tmp_path / "lamini-jax.service").write_text(unit)
+    command = ["systemd-analyze", "verify", "--man=no", "--recursive-errors=no", tmp_path / "lamini-jax.service"]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0 and "lamini-jax.service" not in result.stderr, result.stderr
+
+
+def test_the_container_copies_what_is_there_and_starts_the_server():
+    lines = (LAUNCH / "Containerfile").read_text().splitlines()
+    copied = [name for line in lines if line.startswith("COPY ") for name in line.split()[1:-1]]
+    assert copied and all((ROOT / name).exists() for name in copied)
+    (entry,) = (json.loads(line.removeprefix("ENTRYPOINT ")) for line in lines if line.startswith("ENTRYPOINT "))
+    (rest,) = (json.loads(line.removeprefix("CMD ")) for line in lines if line.startswith("CMD "))
+    result = subprocess.run([sys.executable, *entry[1:], *rest, "--help"], cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0 and all(flag in result.stdout for flag in ("--host", "--workdir"))
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
