@@ -2,6 +2,7 @@
 
 import asyncio
 import math
+import time
 from collections.abc import Callable, Collection
 from typing import Any, TypeVar
 
@@ -43,6 +44,7 @@ OPERATIONS = (
         "get", f"{_PATH}/{{id}}/history", "Shows what happened to a fact", {200: schema.History}, parameters=(_ID,)
     ),
 )
+_LOOK = 0.5  # seconds between two looks whether the server is ending
 _Body = TypeVar("_Body", bound=BaseModel)
 
 
@@ -131,10 +133,12 @@ class _Api:
         return await limits.body(request, model, self._state.settings.body_bytes)
 
     async def _settled(self, facts: Collection[str]) -> bool:
-        """Waits until nothing is left to do for facts, or for as long as a request may take."""
+        """Waits until nothing is left to do for facts, for as long as a request may take and the server lives."""
         future = asyncio.wrap_future(self._state.tuner.settled(list(facts)))
-        done, _ = await asyncio.wait([future], timeout=self._state.settings.seconds)
-        return bool(done)
+        end = time.monotonic() + self._state.settings.seconds
+        while not future.done() and time.monotonic() < end and not self._state.stopping:
+            await asyncio.wait([future], timeout=_LOOK)
+        return future.done()
 
     def _entry(self, request: Request) -> Entry:
         fact = request.path_params["id"]
