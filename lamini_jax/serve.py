@@ -65,7 +65,8 @@ def _listening(host: str, port: int) -> socket.socket:
     except OSError as error:
         flag = "--host" if isinstance(error, socket.gaierror) else "--port"
         named = f"{flag}={host if flag == '--host' else port}"
-        raise UserError(f"{named}: cannot listen there ({error.strerror}); choose another one") from None
+        reason = os.strerror(error.errno) if flag == "--port" else error.strerror
+        raise UserError(f"{named}: cannot listen there ({reason}); choose another one") from None
 
 
 if __name__ == "__main__":
