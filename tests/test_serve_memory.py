@@ -25,7 +25,7 @@ from starlette.testclient import TestClient
 from lamini_jax.errors import UserError
 from lamini_jax.fact_memory import FactMemory
 from lamini_jax.runtime import workdir
-from lamini_jax.serving import limits, memory_api, openapi
+from lamini_jax.serving import limits, memory_api, openapi, tuner
 from lamini_jax.serving.limits import Settings
 from lamini_jax.serving.state import State
 from lamini_jax.serving.tuner import Tuner
@@ -283,6 +283,15 @@ def test_what_another_process_has_stored_is_read_again(own, model):
     listed = own.client.get(PATH, params={"search": "ferry"}).json()["results"][0]
     events = own.client.get(f"{PATH}/{listed['id']}/history").json()["results"]
     assert [event["event"] for event in events] == ["certified"]
+
+
+def test_too_much_that_is_pending_is_refused_for_now(own, monkeypatch):
+    monkeypatch.setattr(tuner, "_MOST_PENDING", 1)
+    with held(own):
+        assert own.add(NEW, wait=False).status_code == 202
+        answer = own.add(FACTS[0], wait=False)
+        assert answer.status_code == 429 and answer.headers["Retry-After"]
+    assert own.add(NEW).status_code == 200
 
 
 def test_a_server_that_ends_lets_nobody_wait(own):
