@@ -249,7 +249,7 @@ def test_an_unknown_id_is_not_found(server, method, path):
 def test_early_facts_hold_soon_and_a_batch_comes_whole(own):
     """A batch is published at once: nobody ever sees a part of one."""
     sizes = []
-    own.tuner._publish = lambda table: (sizes.append(len(table.holding)), setattr(own.memory, "table", table))
+    own.tuner._publish = lambda table: (sizes.append(table.router.holding), setattr(own.memory, "table", table))
     facts = [{"question": f"What is in drawer {i}?", "answer": f"{i * 37}"} for i in range(10)]
     assert all(fact["state"] == "certified" for fact in own.add(*facts).json()["results"])
     assert sizes == [8, 9, 10]

@@ -75,7 +75,7 @@ def look_up(state: State, question: str) -> Told:
     told = Told(None, scores[0], runner_up, scores[1])
     if fact is None:
         return told
-    wording = table.router.wordings.texts[found.wording_B[0]]
+    wording = table.router.texts[found.wording_B[0]]
     tokens = tuple(tokenizer.prompt(wording))
     return dataclasses.replace(told, fact=fact, tokens=tokens, adapters=_adapters(table, found, engine.rank))
 
@@ -90,7 +90,7 @@ def warm(state: State, table: FactTable) -> None:
     """Compiles what looking up questions in a table takes, and reads what is read once."""
     for question in _questions_of_all_widths(state):
         table.find([question], state.memory.threshold)
-    if table.holding:
+    if table.router.holding:
         _adapters(table, table.router.handing(np.zeros(1, np.int64)), state.engine.rank)
 
 
@@ -104,7 +104,7 @@ def _questions_of_all_widths(state: State) -> Iterable[str]:
 
 def _ids(table: FactTable, found: Found) -> tuple[str | None, str | None]:
     numbers = found.fact_B[0], found.runner_up_B[0]
-    fact, runner_up = (None if number == NONE else table.holding[number].id for number in numbers)
+    fact, runner_up = (None if number == NONE else table.router.facts[number].id for number in numbers)
     return fact, runner_up
 
 

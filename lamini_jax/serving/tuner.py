@@ -146,7 +146,7 @@ class Tuner:
         with self._changed:
             table = self._memory.table
             stored = [fact.id for fact in table.contents.facts]
-            new = [fact for fact in self._tasks if fact not in table.places]
+            new = [fact for fact in self._tasks if fact not in table.router.places]
             found = [entry for fact in (*stored, *new) if (entry := self._entry(fact, table))]
         text = search.lower()
         return [fact for fact in found if text in "\n".join((fact.id, fact.question, *fact.also, fact.answer)).lower()]
@@ -164,7 +164,7 @@ class Tuner:
         """How many facts are in which state."""
         with self._changed:
             table, reasons = self._memory.table, [task.reason for task in self._tasks.values()]
-        certified = len(table.holding)
+        certified = table.router.holding
         failed = len(table.contents.facts) - certified + sum(reason is not None for reason in reasons)
         return Figures(certified, failed, sum(reason is None for reason in reasons))
 
@@ -190,7 +190,7 @@ class Tuner:
 
     def _entry(self, fact: str, table: FactTable | None = None) -> Entry | None:
         task, table = self._tasks.get(fact), table or self._memory.table
-        place = table.places.get(fact)
+        place = table.router.places.get(fact)
         stored = None if place is None else table.contents.facts[place]
         experts = () if stored is None else stored.experts
         conflicts = tuple(self._conflicts.get(fact, ()))
@@ -269,7 +269,7 @@ class Tuner:
     def _carry_out_forget(self, tasks: list[Task]) -> None:
         ids = [task.fact for task in tasks]
         self._own.erase_traces(ids)
-        if stored := [fact for fact in ids if fact in self._own.table.places]:
+        if stored := [fact for fact in ids if fact in self._own.table.router.places]:
             self._own.forget(stored)
             self._hand_out()
         with self._changed:
