@@ -116,7 +116,7 @@ class FactMemory(Memory):
 
     def refresh(self) -> None:
         """Reads the memory again, which another process has changed."""
-        self.table = self._stored(self.table.scope)
+        self.table = self._stored(self.table.router.scope)
 
     def facts(self, search: str = "") -> list[ListedFact]:
         """The facts in the order in which they were added; with `search`, those with this text in any field."""
@@ -193,7 +193,7 @@ class FactMemory(Memory):
         edits.finished(self.directory)
         said = self.directory / _RECALL
         if said.is_file():
-            lines = said.read_text(errors="replace").splitlines(keepends=True)
+            lines = said.read_bytes().decode(errors="replace").splitlines(keepends=True)
             workdir.write_text(said, "".join(line for line in lines if not any(gone in line for gone in ids)))
 
     def failing(self) -> list[str]:

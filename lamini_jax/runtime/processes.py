@@ -137,7 +137,7 @@ def is_primary() -> bool:
 def print_once(text: str) -> None:
     """Prints in the first process only."""
     if is_primary():
-        print(text, flush=True)
+        print(f"{text}\n", end="", flush=True)  # in one piece, whatever other threads print
 
 
 def progress_bar(iterable: Iterable | None = None, **options: Any) -> tqdm.tqdm:
