@@ -95,7 +95,7 @@ class FactStore:
         """Keeps a setting that may change."""
         if self.about.get(name) == value:
             return
-        with self._reporting(), self._transaction("IMMEDIATE"):
+        with self._reporting(), transaction(self._connection, "IMMEDIATE"):
             self._connection.execute("INSERT OR REPLACE INTO about VALUES (?, ?)", (name, value))
         self.about[name] = value
         self._upload()
@@ -115,7 +115,7 @@ class FactStore:
 
     def read(self, key_bytes: int, row_bytes: int) -> Contents:
         """Everything, checked against the digests and the sizes of keys and rows."""
-        with self._reading(), self._transaction("DEFERRED"):
+        with self._reading(), transaction(self._connection, "DEFERRED"):
             execute = self._connection.execute
             self.about = dict(execute("SELECT name, value FROM about"))
             keys: dict[str, list[bytes]] = {}
@@ -165,7 +165,7 @@ class FactStore:
         """
         if self._temporary:
             self.check_version(int(self.about["version"]))
-        with self._reporting(), self._transaction("IMMEDIATE"):
+        with self._reporting(), transaction(self._connection, "IMMEDIATE"):
             many = self._connection.executemany
             version = self.about["version"], str(int(self.about["version"]) + 1)
             taken = "UPDATE about SET value = ? WHERE name = 'version' AND value = ?"
@@ -225,17 +225,6 @@ class FactStore:
                 self._path.write_bytes(self._local.read_bytes())
 
     @contextlib.contextmanager
-    def _transaction(self, kind: str) -> Iterator[None]:
-        self._connection.execute(f"BEGIN {kind}")
-        try:
-            yield
-            self._connection.execute("COMMIT")
-        except BaseException:
-            with contextlib.suppress(sqlite3.Error):  # it may have been rolled back already
-                self._connection.execute("ROLLBACK")
-            raise
-
-    @contextlib.contextmanager
     def _reporting(self) -> Iterator[None]:
         """Turns SQLite's errors into one line."""
         try:
@@ -286,3 +275,16 @@ def _fact_digest(fact: StoredFact, keys: list[bytes]) -> bytes:
 
 def _digest(content: bytes) -> bytes:
     return hashlib.blake2b(content, digest_size=16).digest()
+
+
+@contextlib.contextmanager
+def transaction(connection: sqlite3.Connection, kind: str) -> Iterator[None]:
+    """What is written inside this context is stored whole, or not at all. `kind` is IMMEDIATE for writing."""
+    connection.execute(f"BEGIN {kind}")
+    try:
+        yield
+        connection.execute("COMMIT")
+    except BaseException:
+        with contextlib.suppress(sqlite3.Error):  # it may have been rolled back already
+            connection.execute("ROLLBACK")
+        raise

@@ -14,6 +14,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from lamini_jax.errors import UserError
+from lamini_jax.memory.store import transaction
 from lamini_jax.runtime import paths
 
 NAME = "journal.sqlite"
@@ -158,15 +159,8 @@ class Journal:
 
     @contextlib.contextmanager
     def _transaction(self) -> Iterator[sqlite3.Connection]:
-        with self._reporting():
-            self._connection.execute("BEGIN IMMEDIATE")
-            try:
-                yield self._connection
-                self._connection.execute("COMMIT")
-            except BaseException:
-                with contextlib.suppress(sqlite3.Error):  # it may have been rolled back already
-                    self._connection.execute("ROLLBACK")
-                raise
+        with self._reporting(), transaction(self._connection, "IMMEDIATE"):
+            yield self._connection
 
     @contextlib.contextmanager
     def _reporting(self) -> Iterator[None]:
