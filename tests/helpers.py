@@ -241,6 +241,12 @@ def start(module: str, *arguments: object) -> subprocess.Popen:
     return subprocess.Popen(command, env=environment, text=True, **pipes)
 
 
+def changed(module: str, statements: str) -> list[str]:
+    """The beginning of a command line that runs a module of the project after statements that change another."""
+    run = f"sys.argv[0] = {module!r}; runpy.run_module({module!r}, run_name='__main__', alter_sys=True)"
+    return [sys.executable, "-c", f"import runpy, sys; {statements}; {run}"]
+
+
 def finish(process: subprocess.Popen, stdin: str | bytes = "") -> subprocess.CompletedProcess:
     """Waits for its end; `stdin` is what it reads, bytes for what is no text."""
     if stdin:

@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import subprocess
-import sys
 import types
 from pathlib import Path
 
@@ -412,17 +411,14 @@ def test_the_verdict_follows_from_what_was_measured(more, failed):
 
 
 # With a hundred questions that ask for no fact instead of a thousand.
-FEWER = (
-    "import runpy, sys; from experiments import editing_questions; editing_questions.UNRELATED = 100;"
-    "sys.argv[0] = 'editing'; runpy.run_module('experiments.editing', run_name='__main__', alter_sys=True)"
-)
+FEWER = "from experiments import editing_questions; editing_questions.UNRELATED = 100"
 
 
 def test_a_real_memory_lives(tmp_path):
     workdir = tmp_path / "study"
     keep(workdir / "phone_book")
     flags = "--counts=4", "--batch=2", "--config.memory.top_k=2"
-    command = [sys.executable, "-c", FEWER, f"--workdir={workdir}", *flags]
+    command = [*helpers.changed("experiments.editing", FEWER), f"--workdir={workdir}", *flags]
     result = subprocess.run(command, cwd=helpers.ROOT, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     own = json.loads((workdir / "results.json").read_text())["sets"]["phone_book"]

@@ -5,7 +5,6 @@ import re
 import shutil
 import signal
 import subprocess
-import sys
 import time
 
 import helpers
@@ -28,10 +27,7 @@ MORE = [*FACTS[:2], {**FACTS[2], "answer": "at 8"}, {"question": "Where is the s
 IDS = [fact_id(fact["question"]) for fact in MORE]
 OUTSIDE = "How many legs does a spider have?"
 # A checkpoint after every epoch, as of facts that take long.
-OFTEN = (
-    "import runpy, sys; from lamini_jax.runtime.checkpointing import Checkpoints; Checkpoints.due = lambda self: True;"
-    "sys.argv[0] = 'tune'; runpy.run_module('lamini_jax.tune', run_name='__main__', alter_sys=True)"
-)
+OFTEN = "from lamini_jax.runtime.checkpointing import Checkpoints; Checkpoints.due = lambda self: True"
 FOREVER = "--config.tuning.optimizer.learning_rate=1e-9", "--config.tuning.epochs=100000"
 
 
@@ -179,7 +175,8 @@ def test_an_adapter_of_one_fact(tuned, directory):
 
 def begun(directory, workdir, *flags):
     """A `tune` that adds a fact and is at it."""
-    command = [sys.executable, "-c", OFTEN, f"--facts={directory / 'last.jsonl'}", f"--workdir={workdir}", *flags]
+    command = helpers.changed("lamini_jax.tune", OFTEN)
+    command += [f"--facts={directory / 'last.jsonl'}", f"--workdir={workdir}", *flags]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=helpers.ROOT)
     deadline, newest = time.monotonic() + 120, max(saved(workdir), default=0)
     while max(saved(workdir), default=0) < newest + 2:

@@ -92,19 +92,20 @@ def test_logits_and_greedy_answers(ours, theirs, capsys):
     logits too, so they would have answered the same.
     """
     config, params = dataclasses.replace(ours.decoder.config, path=""), transformer.join_layers(ours.params)
-    logits, errors = jax.jit(transformer.logits, static_argnums=0), []
     prompts = [ours.tokenizer.prompt(question) for question in QUESTIONS]
     lengths = np.array([len(prompt) for prompt in prompts], np.int32)
     answer_BA, _ = decoding.generate(ours, padded(prompts), lengths, ANSWER)
-    for prompt, answer_A in zip(prompts, np.asarray(answer_BA), strict=True):
+    answers, errors = [], []
+    for answer_A in np.asarray(answer_BA)[:, :ANSWER]:
         stops = [*np.flatnonzero(np.isin(answer_A, ours.tokenizer.stop_ids)), ANSWER]
-        answer = answer_A[: min(stops[0] + 1, ANSWER)].tolist()
-        text = prompt + answer
-        found_TV = np.asarray(logits(config, params, padded([text])))[0, : len(text)]
+        answers.append(answer_A[: stops[0] + 1].tolist())
+    texts = [prompt + answer for prompt, answer in zip(prompts, answers, strict=True)]
+    logits_BTV = np.asarray(jax.jit(transformer.logits, static_argnums=0)(config, params, padded(texts)))
+    for text, answer, found_TV in zip(texts, answers, logits_BTV, strict=True):
         with torch.no_grad():
             expected_TV = theirs(torch.tensor([text])).logits[0].numpy()
-        errors.append(relative_error(found_TV, expected_TV))
-        assert expected_TV[len(prompt) - 1 : -1].argmax(axis=-1).tolist() == answer
+        errors.append(relative_error(found_TV[: len(text)], expected_TV))
+        assert expected_TV[len(text) - len(answer) - 1 : -1].argmax(axis=-1).tolist() == answer
     with capsys.disabled():
         print(f"largest relative error of the logits of {len(errors)} prompts and answers: {max(errors):.1e}")
     assert max(errors) <= 1e-4

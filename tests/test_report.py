@@ -86,7 +86,7 @@ def test_experiments_get_the_config_as_it_was_given(config):
 def test_some_experiments_more_and_a_sigterm(tmp_path):
     """The page of one more experiment keeps the others'; one that is terminated is no failure of it."""
     finished(tmp_path / "selective_loss")
-    options = "--only=compute_requirements", "--config.memory.num_experts=16384"
+    options = "--only=compute_requirements", "--config.memory.num_experts=16384", "--config.tuning.batch_size=4"
     process = helpers.start("experiments.report", f"--workdir={tmp_path}", *options)
     while "compute_requirements" not in process.stdout.readline():
         pass
