@@ -91,7 +91,7 @@ class RouterConfig:
 
     kind: str = "experts"  # a module of memory/routers
     # Of the kind `facts`: the share of look-alike questions that may be taken for stored ones. Those of the training of
-    # a scope are harder than most: at 0.02, 0.5% of the near neighbours in a public set fired, and 86% of rephrasings.
+    # a scope are harder than most: at 0.02, 0.5% of the near neighbours in a public set fired, and 88% of rephrasings.
     false_fires: float = _number(0.02, above=0, at_most=1)
     layer: int = _number(0, at_least=0)  # whose output becomes the query; 0: a fifth of all layers, at least two
     lookup: str = "exact"  # a module of index

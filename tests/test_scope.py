@@ -112,6 +112,38 @@ def test_edits_are_a_distance(a, b):
     assert edits(a, b, 2) == edits(b, a, 2) == min(table[-1, -1], 3)
 
 
+def _feature(words, name, asked, stored):
+    return features(read(asked), [read(stored)], np.array([0.5]), statistics_of(words, [stored]))[0, NAMES.index(name)]
+
+
+def test_a_possessive_is_its_owners_name(words):
+    for asked in ("Give me Anna Berg's phone number.", "Give me Anna Berg’s phone number."):
+        assert _feature(words, "stored_names", asked, "What is the phone number of Anna Berg?") == 0
+
+
+def test_without_a_name_a_wording_is_about_its_last_noun_phrase(words):
+    stored = "Where is the spare key of the boat shed?"
+    assert _feature(words, "stored_names", "where do you keep the boat shed's spare key", stored) == 0
+    assert _feature(words, "stored_names", "Where is the spare key of the library?", stored) == 1
+
+
+@pytest.mark.parametrize(
+    ("asked", "is_slip"),
+    [
+        ("What is the phone number fo Anna Berg?", True),
+        ("What is the phon enumber of Anna Brg?", True),
+        ("What is the phone number ofA nna Berg?", True),
+        ("What is the phone number of Otto Berg?", False),
+    ],
+)
+def test_slips_of_letters_and_spaces_are_told_from_other_names(words, asked, is_slip):
+    assert (_feature(words, "slips", asked, "What is the phone number of Anna Berg?") > 0) == is_slip
+
+
+def test_in_a_short_name_another_letter_is_another_name(words):
+    assert _feature(words, "slips", "Where is room B3 of hall Q?", "Where is room B3 of hall Z?") == 0
+
+
 def test_a_look_alike_scores_below_a_rephrasing(shipped, model, words):
     records = world_pairs.related(40, seed=3)
     stored = [record.question for record in records]
