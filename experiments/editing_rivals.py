@@ -13,7 +13,7 @@ from experiments.editing_judging import Found
 from experiments.editing_memory import Living
 from experiments.editing_questions import NO_FACT, TOKENS, Asked, Row, spread
 from lamini_jax import Config, Fact
-from lamini_jax.backbone import answering, frozen_model
+from lamini_jax.backbone import answering, frozen_model, transformer
 from lamini_jax.backbone.answering import BARE
 from lamini_jax.backbone.frozen_model import FrozenModel
 from lamini_jax.data.facts import fact_id
@@ -74,7 +74,7 @@ def last_token(model: FrozenModel, facts: Sequence[Row]) -> Find:
     def keys(questions):
         def read(prompt_BT, length_B):
             hidden_BTD = frozen_model.read_prefix(model, prompt_BT)
-            return frozen_model.at_positions(hidden_BTD, length_B - 1, 1)[:, 0]
+            return transformer.pick(hidden_BTD, length_B[:, None] - 1)[:, 0]
 
         return np.asarray(frozen_model.map_questions(model, questions, read), np.float64)
 

@@ -15,9 +15,9 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from lamini_jax.api import Source
-from lamini_jax.backbone import answering, checkpoints, transformer
+from lamini_jax.backbone import answering, checkpoints, linear_layers
 from lamini_jax.backbone.frozen_model import Adapters
-from lamini_jax.backbone.transformer import Adapter
+from lamini_jax.backbone.linear_layers import Adapter
 from lamini_jax.config import Config, certified_loss
 from lamini_jax.data import batches, facts
 from lamini_jax.errors import FACTS_DO_NOT_HOLD, UserError
@@ -144,7 +144,7 @@ def backbone(config: Config, output: str) -> str:
 def save_peft(directory: Path, config: Config, adapters: Adapters, base: str) -> None:
     """Writes the adapters of one question for the model at `base`; their B matrices include the gates."""
     c, target = config, config.memory.target
-    half, first = transformer.LINEAR_LAYERS[target].half, c.backbone.num_layers - c.memory.num_layers
+    half, first = linear_layers.LINEAR_LAYERS[target].half, c.backbone.num_layers - c.memory.num_layers
     down_MBKI, up_MBKO = (np.asarray(part) for part in adapters.suffix[target])
     tensors, rank = {}, down_MBKI.shape[2]
     for layer in range(c.memory.num_layers):

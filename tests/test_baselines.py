@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from helpers import FACTS
 
-from lamini_jax.backbone import answering, transformer
+from lamini_jax.backbone import answering, linear_layers, transformer
 from lamini_jax.evaluation import recall
 from lamini_jax.training import FullMethod, LoraMethod, loop
 
@@ -59,7 +59,7 @@ def test_lora_starts_with_down_random_and_up_at_zero(model):
     fresh = LoraMethod.create(CONFIG, model, FACTS).init().trained
     assert set(fresh) == {"prefix", "suffix"}
     for part in fresh.values():
-        assert set(part) == set(transformer.LINEAR_LAYERS)
+        assert set(part) == set(linear_layers.LINEAR_LAYERS)
         assert all(np.asarray(low_rank.down).all() and not np.asarray(low_rank.up).any() for low_rank in part.values())
 
 

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 
-from lamini_jax.backbone import answering, transformer
+from lamini_jax.backbone import answering, linear_layers, transformer
 from lamini_jax.data import benchmarks
 from lamini_jax.data.benchmarks import MultipleChoice
 from lamini_jax.errors import UserError
@@ -64,10 +64,10 @@ def low_rank(decoder, part, up):
     rng, config = np.random.default_rng(0), decoder.config
     layers = {"prefix": config.num_layers - decoder.memory_layers, "suffix": decoder.memory_layers}[part]
     adapter = {
-        name: transformer.LowRank(
+        name: linear_layers.LowRank(
             rng.normal(size=(layers, 4, inputs)).astype(np.float32), np.full((layers, 4, outputs), up, np.float32)
         )
-        for name, (inputs, outputs) in transformer.linear_shapes(config).items()
+        for name, (inputs, outputs) in linear_layers.linear_shapes(config).items()
     }
     return answering.same_for_all(**{part: adapter})
 

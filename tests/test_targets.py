@@ -5,7 +5,7 @@ import jax
 import numpy as np
 import pytest
 
-from lamini_jax.backbone.transformer import LINEAR_LAYERS
+from lamini_jax.backbone.linear_layers import LINEAR_LAYERS
 
 # Input and output width of each linear layer of `helpers.BACKBONE`: 4 heads of 8, 2 of them for keys and values.
 WIDTHS = {

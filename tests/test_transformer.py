@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lamini_jax.backbone import transformer
-from lamini_jax.backbone.transformer import LowRank
+from lamini_jax.backbone import linear_layers, transformer
+from lamini_jax.backbone.linear_layers import LowRank
 
 UNTIED = dataclasses.replace(helpers.BACKBONE, tied_embeddings=False)
 
@@ -120,14 +120,14 @@ def random_adapter(layers, rank, batch=None, seed=0):
     def draw(*shape):
         return jnp.asarray(rng.normal(size=shape) / 6, jnp.float32)
 
-    shapes = transformer.linear_shapes(helpers.BACKBONE)
+    shapes = linear_layers.linear_shapes(helpers.BACKBONE)
     return {name: LowRank(draw(*lead, rank, i), draw(*lead, rank, o)) for name, (i, o) in shapes.items()}
 
 
 def merged(params, adapters, sequence=None):
     """Whole parameters with the low-rank products added to the weights."""
     layers = {**params["layers"]}
-    for name in transformer.LINEAR_LAYERS:
+    for name in linear_layers.LINEAR_LAYERS:
         down, up = (
             np.concatenate([np.asarray(adapter[name][i], np.float64) for adapter in adapters]) for i in range(2)
         )
@@ -164,7 +164,7 @@ def test_gradients_of_project_are_those_of_the_plain_product():
     x_BTI, weight_IO, cotangent_BTO = (rng.normal(size=shape) for shape in ((3, 7, 5), (5, 11), (3, 7, 11)))
 
     def loss(x_BTI, weight_IO):
-        return jnp.sum(transformer.project(x_BTI, weight_IO, "float32") * cotangent_BTO.astype(np.float32))
+        return jnp.sum(linear_layers.project(x_BTI, weight_IO, "float32") * cotangent_BTO.astype(np.float32))
 
     x_gradient, weight_gradient = jax.grad(loss, (0, 1))(x_BTI.astype(np.float32), weight_IO.astype(np.float32))
     assert relative_error(weight_gradient, np.einsum("BTI,BTO->IO", x_BTI, cotangent_BTO)) < 1e-6

@@ -3,7 +3,7 @@
 A compiler counts the layers of a scan once, so its count is compared with that of one layer of each part.
 """
 
-from lamini_jax.backbone import transformer
+from lamini_jax.backbone import linear_layers
 from lamini_jax.config import BackboneConfig, Config, router_layer
 
 
@@ -19,7 +19,7 @@ def per_fact(
     """
     c, memory = config.backbone, config.memory
     prefix, suffix = depth or (c.num_layers - memory.num_layers, memory.num_layers)
-    shapes = transformer.linear_shapes(c)
+    shapes = linear_layers.linear_shapes(c)
     weights = sum(i * o for i, o in shapes.values())
     attention = 2 * tokens * c.num_heads * c.head_dim
     unembedding = answer * c.embed_dim * c.vocab_size
@@ -40,7 +40,7 @@ def before_first_step(config: Config, tokens: int) -> int:
     """FLOPs that memory tuning spends on a fact before its first step: a lookup, and the layers that are read for it,
     for the prefix's output and, where memory acts on answers, for the suffix's keys and values."""
     c = config.backbone
-    weights = sum(i * o for i, o in transformer.linear_shapes(c).values())
+    weights = sum(i * o for i, o in linear_layers.linear_shapes(c).values())
     kept = c.num_layers - (config.memory.num_layers if config.memory.positions == "all" else 0)
     reading = (router_layer(config) + kept) * tokens * (weights + 2 * tokens * c.num_heads * c.head_dim)
     return 2 * (reading + config.memory.num_experts * config.router.key_dim)
@@ -49,7 +49,7 @@ def before_first_step(config: Config, tokens: int) -> int:
 def trained_parameters(config: Config, method: str) -> int:
     """Parameters that a step on one fact changes."""
     c = config.backbone
-    shapes = transformer.linear_shapes(c)
+    shapes = linear_layers.linear_shapes(c)
     if method == "full":
         tables = 1 if c.tied_embeddings else 2
         per_layer = sum(i * o for i, o in shapes.values()) + 2 * c.embed_dim
@@ -61,4 +61,4 @@ def trained_parameters(config: Config, method: str) -> int:
 
 def lora_rank_parameters(config: BackboneConfig) -> int:
     """Parameters of a LoRA of rank 1 on every linear layer."""
-    return config.num_layers * sum(map(sum, transformer.linear_shapes(config).values()))
+    return config.num_layers * sum(map(sum, linear_layers.linear_shapes(config).values()))

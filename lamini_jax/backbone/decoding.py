@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from lamini_jax.backbone import frozen_model, transformer
 from lamini_jax.backbone.frozen_model import Adapters, FrozenModel
+from lamini_jax.backbone.transformer import Known
 from lamini_jax.runtime import sharding
 
 BARE = Adapters()
@@ -59,19 +60,20 @@ def prefill(
     length = max(model.max_seq_len, prompt_BT.shape[1])
     if adapters.prefix is not None:  # which changes what is known of the shared beginning
         model = model.replace(beginning=None)
-    caches = frozen_model.caches(model, batch, length)
+    known = tuple(map(Known, frozen_model.caches(model, batch, length)))
     own = frozen_model.after_beginning(model, prompt_BT)
-    hidden_BTD, prefix = transformer.prefix(*parts, **own, cache=caches[0], adapter=adapters.prefix)
+    hidden_BTD, prefix = transformer.prefix(*parts, **own, adapter=adapters.prefix, known=known[0])
     positions_BT = own["positions_BT"]
     if adapters.suffix is not None:  # likewise: the suffix reads all of the prompt
         hidden_BTD = frozen_model.with_shared(model, hidden_BTD)
         positions_BT = jnp.broadcast_to(jnp.arange(prompt_BT.shape[1]), prompt_BT.shape)
-    read_BTD, suffix = transformer.suffix(*parts, hidden_BTD, positions_BT, caches[1], adapters.suffix)
-    last_B = length_B - 1 - positions_BT[:, 0]
-    read_B1D = frozen_model.at_positions(read_BTD, last_B, 1)
+    last_B1 = length_B[:, None] - 1 - positions_BT[:, :1]
+    arguments = positions_BT, adapters.suffix, known[1]
+    read_B1D, suffix = transformer.suffix(*parts, hidden_BTD, *arguments, at_BA=last_B1)
     if adapters.answer is not None:  # the position that predicts the answer's first token, again and with memory
-        last_B1D = frozen_model.at_positions(hidden_BTD, last_B, 1)
-        read_B1D, suffix = transformer.suffix(*parts, last_B1D, length_B[:, None] - 1, suffix, adapters.answer)
+        last_B1D = transformer.pick(hidden_BTD, last_B1)
+        arguments = length_B[:, None] - 1, adapters.answer, Known(suffix)
+        read_B1D, suffix = transformer.suffix(*parts, last_B1D, *arguments)
     token_B, logprob_B = _choose(model, read_B1D, _at(sampling, 0))
     answer_BA = jnp.full((batch, length), model.tokenizer.stop_ids[0], jnp.int32)
     budget_B = jnp.minimum(max_new_tokens, length - length_B)
@@ -94,10 +96,9 @@ def decode(
         # A prompt's padding is overwritten before any token can attend to it.
         positions_B1, step = (state.length_B + state.step)[:, None], state.step + 1
         parts, suffix = (model.decoder, model.params), adapters.suffix or adapters.answer
-        hidden_B1D, first = transformer.prefix(
-            *parts, state.token_B[:, None], positions_B1, state.caches[0], adapters.prefix
-        )
-        hidden_B1D, second = transformer.suffix(*parts, hidden_B1D, positions_B1, state.caches[1], suffix)
+        known = tuple(map(Known, state.caches))
+        hidden_B1D, first = transformer.prefix(*parts, state.token_B[:, None], positions_B1, adapters.prefix, known[0])
+        hidden_B1D, second = transformer.suffix(*parts, hidden_B1D, positions_B1, suffix, known[1])
         token_B, logprob_B = _choose(model, hidden_B1D, _at(sampling, step))
         done_B = is_complete(state.token_B, stop_ids)
         token_B = jnp.where(done_B | (step >= state.budget_B), stop_ids[0], token_B)

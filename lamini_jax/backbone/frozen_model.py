@@ -10,8 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from lamini_jax.backbone import checkpoints, transformer
+from lamini_jax.backbone.linear_layers import Adapter
 from lamini_jax.backbone.tokenizer import Tokenizer
-from lamini_jax.backbone.transformer import Adapter, Cache, Context
+from lamini_jax.backbone.transformer import Cache, Context, Known
 from lamini_jax.config import Config
 from lamini_jax.data import batches
 from lamini_jax.runtime import processes, sharding
@@ -89,8 +90,8 @@ def with_beginning(model: FrozenModel) -> FrozenModel:
 @jax.jit
 def _read_beginning(model: FrozenModel, tokens_1T) -> Beginning:
     parts, (prefix, suffix) = (model.decoder, model.params), caches(model, *tokens_1T.shape)
-    hidden_1TD, prefix = transformer.prefix(*parts, tokens_1T, cache=prefix)
-    return Beginning(prefix, transformer.suffix(*parts, hidden_1TD, cache=suffix)[1], hidden_1TD)
+    hidden_1TD, prefix = transformer.prefix(*parts, tokens_1T, known=Known(prefix))
+    return Beginning(prefix, transformer.suffix(*parts, hidden_1TD, known=Known(suffix))[1], hidden_1TD)
 
 
 def caches(model: FrozenModel, batch: int, length: int) -> tuple[Cache, Cache]:
@@ -115,7 +116,7 @@ def read_prefix(model: FrozenModel, tokens_BT):
     """hidden_BTD: the output of the frozen prefix for some prompts, which is computed once per fact and kept."""
     own = after_beginning(model, tokens_BT)
     context = model.beginning and model.beginning.prefix
-    hidden_BTD, _ = transformer.prefix(model.decoder, model.params, **own, context=context)
+    hidden_BTD, _ = transformer.prefix(model.decoder, model.params, **own, known=Known(context=context))
     return with_shared(model, hidden_BTD)
 
 
@@ -128,10 +129,9 @@ def with_shared(model: FrozenModel, hidden_BTD):
     return jnp.concatenate([shared_BTD, hidden_BTD], axis=1)
 
 
-def at_positions(x_BTD, start_B, length: int):
-    """x_BAD: the `length` positions from `start_B` on, or the last one again where the sequence ends earlier."""
-    positions_BA1 = (start_B[:, None] + jnp.arange(length)[None])[:, :, None]
-    return jnp.take_along_axis(x_BTD, jnp.minimum(positions_BA1, x_BTD.shape[1] - 1), axis=1)
+def positions_from(start_B, length: int, tokens: int):
+    """The `length` positions from `start_B` on, or the last one again where the sequence of `tokens` ends earlier."""
+    return jnp.minimum(start_B[:, None] + jnp.arange(length)[None], tokens - 1)
 
 
 def question_and_answer(model: FrozenModel, hidden_BTD, start_B, answer: int, question: int) -> QuestionAndAnswer:
@@ -141,9 +141,10 @@ def question_and_answer(model: FrozenModel, hidden_BTD, start_B, answer: int, qu
     """
     decoder = model.decoder
     cache = transformer.empty_cache(decoder.config, decoder.memory_layers, *hidden_BTD.shape[:2])
-    _, cache = transformer.suffix(decoder, model.params, hidden_BTD, cache=cache)
+    _, cache = transformer.suffix(decoder, model.params, hidden_BTD, known=Known(cache))
     kept = (jnp.moveaxis(cache[name][:, :, :question], 0, 1) for name in ("keys", "values"))
-    return QuestionAndAnswer(at_positions(hidden_BTD, start_B, answer), *kept)
+    at_BA = positions_from(start_B, answer, hidden_BTD.shape[1])
+    return QuestionAndAnswer(transformer.pick(hidden_BTD, at_BA), *kept)
 
 
 @functools.partial(jax.jit, static_argnums=(3, 4))
@@ -161,12 +162,12 @@ def answer_states(model: FrozenModel, inputs, start_B, length: int, adapter: Ada
     parts = model.decoder, model.params
     with jax.named_scope("suffix"):
         if not isinstance(inputs, QuestionAndAnswer):
-            hidden_BTD, _ = transformer.suffix(*parts, inputs, adapter=adapter)
-            return at_positions(hidden_BTD, start_B, length)
+            at_BA = positions_from(start_B, length, inputs.shape[1])
+            return transformer.suffix(*parts, inputs, adapter=adapter, at_BA=at_BA)[0]
         positions_BA = start_B[:, None] + jnp.arange(length)[None]
         context = {"keys": inputs.keys_BMPGW, "values": inputs.values_BMPGW}
         context = jax.tree.map(lambda x_BMPGW: jnp.moveaxis(x_BMPGW, 1, 0), context)
-        return transformer.suffix(*parts, inputs.hidden_BAD, positions_BA, adapter=adapter, context=context)[0]
+        return transformer.suffix(*parts, inputs.hidden_BAD, positions_BA, adapter, Known(context=context))[0]
 
 
 def token_losses(model: FrozenModel, hidden_BAD, targets_BA, length_B, most: int):

@@ -1,13 +1,11 @@
 """The frozen language model: a Llama-family decoder, split in two where the memory begins.
 
 The **prefix** reads a question without any memory; the **suffix** (the last M layers) may carry an adapter. Parameters
-are plain pytrees, applied by Flax Linen; the layers of each part are scanned, so that 32 layers compile like one.
+are plain pytrees, applied by Flax Linen; the prefix's layers are scanned, so that 32 layers compile like one.
 
-Letters: B sequences, T tokens, P positions of a cache, D width, H heads, G key-value heads, W head width, V vocabulary,
-I and O the input and output width of a linear layer, K the rank of an adapter.
+Letters: B sequences, T tokens, P positions of a cache, D width, H heads, G key-value heads, W head width, V vocabulary.
 """
 
-import functools
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -15,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lamini_jax.backbone.linear_layers import LINEAR_LAYERS, Adapter, Linear, contract, linear_shapes, low_rank
 from lamini_jax.config import BackboneConfig
 from lamini_jax.runtime import sharding
 
@@ -24,97 +23,15 @@ Room = Any  # the same with heads before positions (LBGPW), from which attention
 Context = Any  # the same of tokens that have been read before, for any number of batches: B is 1 if they share it
 
 
-class LowRank(NamedTuple):
-    """A low-rank term of a linear layer: W x + up^T (down x). One for the batch (KI, KO) or one each (BKI, BKO)."""
+class Known(NamedTuple):
+    """The keys and values that attention sees beside those of the tokens themselves: at most one of these."""
 
-    down: jax.Array
-    up: jax.Array
-
-
-Adapter = dict[str, LowRank]  # by the linear layer's name; every leaf has a leading axis over the layers of its part
+    cache: Cache = None  # into which new ones are written
+    context: Context = None  # which comes before the tokens
+    room: Room = None  # in whose places the tokens are
 
 
-class LinearLayer(NamedTuple):
-    """A linear layer of a block: the half it is in, as checkpoints call it, and the names of its axes in `sharding`."""
-
-    half: str
-    input_axis: str | None  # None: the width of the residual stream
-    output_axis: str | None
-
-
-# Every linear layer of a block; each of them may carry an adapter.
-LINEAR_LAYERS = {
-    "q_proj": LinearLayer("self_attn", None, "heads"),
-    "k_proj": LinearLayer("self_attn", None, "kv_heads"),
-    "v_proj": LinearLayer("self_attn", None, "kv_heads"),
-    "o_proj": LinearLayer("self_attn", "heads", None),
-    "gate_proj": LinearLayer("mlp", None, "mlp"),
-    "up_proj": LinearLayer("mlp", None, "mlp"),
-    "down_proj": LinearLayer("mlp", "mlp", None),
-}
-
-
-def linear_shapes(config: BackboneConfig) -> dict[str, tuple[int, int]]:
-    """Input and output width of every linear layer of a block."""
-    c = config
-    heads, kv_heads = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
-    widths = {None: c.embed_dim, "heads": heads, "kv_heads": kv_heads, "mlp": c.mlp_dim}
-    return {name: (widths[layer.input_axis], widths[layer.output_axis]) for name, layer in LINEAR_LAYERS.items()}
-
-
-class Linear(nn.Module):
-    """A weight matrix, with or without a bias: operands in `dtype`, sums in float32."""
-
-    shape: tuple[int, int]
-    dtype: str
-    use_bias: bool = False
-
-    @nn.compact
-    def __call__(self, x_BTI):
-        start = nn.initializers.variance_scaling(1.0, "fan_in", "normal")
-        weight_IO = self.param("weight", start, self.shape, self.dtype)
-        y_BTO = project(x_BTI, weight_IO, self.dtype)
-        if self.use_bias:
-            y_BTO = y_BTO + self.param("bias", nn.initializers.zeros, self.shape[1:])[None, None]
-        return y_BTO
-
-
-def contract(equation: str, x, y, dtype: str):
-    """An einsum in `dtype` with float32 sums; float32 is never rounded to less (GPUs and TPUs would)."""
-    precision = jax.lax.Precision.HIGHEST if dtype == "float32" else None
-    return jnp.einsum(
-        equation, x.astype(dtype), y.astype(dtype), precision=precision, preferred_element_type=jnp.float32
-    )
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def project(x_BTI, weight_IO, dtype: str):
-    """A linear layer. Its weight's gradient is summed sequence by sequence.
-
-    Left to itself, XLA's CPU backend transposes the whole batch inside a fused loop: a third of a training step.
-    """
-    return contract("BTI,IO->BTO", x_BTI, weight_IO, dtype)
-
-
-def _project_forward(x_BTI, weight_IO, dtype):
-    return project(x_BTI, weight_IO, dtype), (x_BTI, weight_IO)
-
-
-def _project_backward(dtype, saved, gradient_BTO):
-    x_BTI, weight_IO = saved
-    weight_BIO = contract("BTI,BTO->BIO", x_BTI, gradient_BTO, dtype)
-    return contract("BTO,IO->BTI", gradient_BTO, weight_IO, dtype), weight_BIO.sum(axis=0)
-
-
-project.defvjp(_project_forward, _project_backward)
-
-
-def low_rank(x_BTI, adapter: LowRank, dtype: str):
-    """What an adapter adds to a linear layer of input x_BTI."""
-    if adapter.down.ndim == 2:
-        return project(project(x_BTI, adapter.down.T, dtype), adapter.up, dtype)
-    hidden_BTK = contract("BTI,BKI->BTK", x_BTI, adapter.down, dtype)
-    return contract("BTK,BKO->BTO", hidden_BTK, adapter.up, dtype)
+NOTHING = Known()
 
 
 class RMSNorm(nn.Module):
@@ -173,14 +90,17 @@ def attend(q_BTHW, k_BGPW, v_BGPW, mask_BTP, dtype: str):
 class Block(nn.Module):
     """Attention and MLP, each after a norm and around a residual. `adapter` may add to any of the linear layers.
 
-    Given a cache, it returns that with the new keys and values written into it; given a `room`, only the new ones.
+    Given a cache, it returns that with the new keys and values written into it; given a room, only the new ones.
+    Given `at_BA`, the output is that of the tokens with these indices, and nothing else is computed of the others but
+    their keys and values.
     """
 
     config: BackboneConfig
 
     @nn.compact
-    def __call__(self, x_BTD, positions_BT, mask_BTP, cache, adapter, context, room=None):
+    def __call__(self, x_BTD, positions_BT, mask_BTP, adapter, known, at_BA=None):
         c = self.config
+        cache, context, room = known
         shapes = linear_shapes(c)
 
         def linear(name, x_BTI):
@@ -193,15 +113,14 @@ class Block(nn.Module):
         def heads(x_BTO, axis="kv_heads"):
             return sharding.constrain(x_BTO.reshape(*x_BTO.shape[:2], -1, c.head_dim), "batch", None, axis, None)
 
-        def rotated(x_BTHW, name):
+        def rotated(x_BTHW, name, positions_BT):
             if c.qk_norm:
                 x_BTHW = RMSNorm(c.norm_eps, name=name)(x_BTHW)
             return rotate(x_BTHW, positions_BT, c)
 
         with jax.named_scope("attention"):
             h_BTD = RMSNorm(c.norm_eps, name="attention_norm")(x_BTD)
-            q_BTHW = rotated(heads(linear("q_proj", h_BTD), "heads"), "q_norm")
-            k_BPGW = rotated(heads(linear("k_proj", h_BTD)), "k_norm")
+            k_BPGW = rotated(heads(linear("k_proj", h_BTD)), "k_norm", positions_BT)
             v_BPGW = heads(linear("v_proj", h_BTD))
             if cache is not None:
                 rows_B1 = jnp.arange(x_BTD.shape[0])[:, None]
@@ -215,6 +134,9 @@ class Block(nn.Module):
             if room is not None:
                 cache = {"keys": k_BGPW.astype(room["keys"].dtype), "values": v_BGPW.astype(room["values"].dtype)}
                 k_BGPW, v_BGPW = (_within(room[name], cache[name], positions_BT) for name in ("keys", "values"))
+            if at_BA is not None:
+                x_BTD, h_BTD, positions_BT, mask_BTP = (pick(x, at_BA) for x in (x_BTD, h_BTD, positions_BT, mask_BTP))
+            q_BTHW = rotated(heads(linear("q_proj", h_BTD), "heads"), "q_norm", positions_BT)
             mixed_BTO = attend(q_BTHW * c.head_dim**-0.5, k_BGPW, v_BGPW, mask_BTP, c.dtype)
             x_BTD = x_BTD + linear("o_proj", mixed_BTO)
         with jax.named_scope("mlp"):
@@ -222,6 +144,11 @@ class Block(nn.Module):
             h_BTF = jax.nn.silu(linear("gate_proj", h_BTD)) * linear("up_proj", h_BTD)
             x_BTD = x_BTD + linear("down_proj", h_BTF)
         return x_BTD, cache
+
+
+def pick(x_BT, at_BA):
+    """Those of each sequence's tokens that have these indices; x_BT may have more axes."""
+    return jnp.take_along_axis(x_BT, at_BA.reshape(*at_BA.shape, *(1,) * (x_BT.ndim - 2)), axis=1)
 
 
 def _after(context_BPGW, x_BTGW):
@@ -237,7 +164,7 @@ def _within(room_BGPW, x_BG1W, positions_B1):
 
 
 class Decoder(nn.Module):
-    """The whole model; `prefix` and `suffix` are its two parts, `logits` its end."""
+    """The whole model: its parameters, and what of it needs no adapter in the suffix, which is `suffix` below."""
 
     config: BackboneConfig
     memory_layers: int
@@ -245,13 +172,12 @@ class Decoder(nn.Module):
 
     def setup(self):
         c = self.config
-        suffix_block = nn.remat(Block, prevent_cse=False) if self.remat else Block
         start = nn.initializers.normal(c.embed_dim**-0.5)
         self.embedding = self.param("embedding", start, (c.vocab_size, c.embed_dim), c.dtype)
         layers = {"variable_axes": {"params": 0}, "split_rngs": {"params": True}}
-        layers["in_axes"] = (nn.broadcast, nn.broadcast, 0, 0, 0)
+        layers["in_axes"] = (nn.broadcast, nn.broadcast, 0, 0)
         self.prefix_layers = nn.scan(Block, **layers, length=c.num_layers - self.memory_layers)(c)
-        self.suffix_layers = nn.scan(suffix_block, **layers, length=self.memory_layers)(c)
+        self.suffix_layers = nn.scan(Block, **layers, length=self.memory_layers)(c)
         self.final_norm = RMSNorm(c.norm_eps)
         if not c.tied_embeddings:
             self.unembedding = Linear((c.embed_dim, c.vocab_size), c.dtype)
@@ -259,13 +185,8 @@ class Decoder(nn.Module):
     def embed(self, tokens_BT):
         return sharding.constrain(self.embedding[tokens_BT].astype(jnp.float32), "batch", None, None)
 
-    def prefix(self, tokens_BT, positions_BT, mask_BTP, cache=None, adapter=None, context=None):
-        return self.prefix_layers(self.embed(tokens_BT), positions_BT, mask_BTP, cache, adapter, context)
-
-    def suffix(self, hidden_BTD, positions_BT, mask_BTP, cache=None, adapter=None, context=None):
-        hidden_BTD = sharding.constrain(hidden_BTD, "batch", None, None)
-        hidden_BTD, cache = self.suffix_layers(hidden_BTD, positions_BT, mask_BTP, cache, adapter, context)
-        return self.final_norm(hidden_BTD), cache
+    def prefix(self, tokens_BT, positions_BT, mask_BTP, adapter=None, known=NOTHING):
+        return self.prefix_layers(self.embed(tokens_BT), positions_BT, mask_BTP, adapter, known)
 
     def unembed(self, hidden_BTD):
         if self.config.tied_embeddings:
@@ -275,23 +196,23 @@ class Decoder(nn.Module):
     def __call__(self, tokens_BT):
         positions_BT, mask_BTP = _positions(self.config, tokens_BT)
         hidden_BTD, _ = self.prefix(tokens_BT, positions_BT, mask_BTP)
-        hidden_BTD, _ = self.suffix(hidden_BTD, positions_BT, mask_BTP)
-        return self.unembed(hidden_BTD)
+        hidden_BTD, _ = self.suffix_layers(hidden_BTD, positions_BT, mask_BTP, None, NOTHING)
+        return self.unembed(self.final_norm(hidden_BTD))
 
 
-def _positions(config: BackboneConfig, x_BT, positions_BT=None, cache: Cache = None, context: Context = None):
+def _positions(config: BackboneConfig, x_BT, positions_BT=None, known: Known = NOTHING):
     """Positions (0, 1, ... unless given) and mask_BTP: a token attends to positions up to its own, in its window.
 
     Of a context, whose length may differ from sequence to sequence, only what is before the first position counts.
     """
     if positions_BT is None:
         positions_BT = jnp.broadcast_to(jnp.arange(x_BT.shape[1]), x_BT.shape[:2])
-    if context is not None:
-        places_1P = jnp.arange(context["keys"].shape[2])[None]
+    if known.context is not None:
+        places_1P = jnp.arange(known.context["keys"].shape[2])[None]
         before_BP = jnp.where(places_1P < positions_BT[:, :1], places_1P, jnp.iinfo(jnp.int32).max)
         slots_B1P = jnp.concatenate([before_BP, positions_BT], axis=1)[:, None]
     else:
-        slots_B1P = jnp.arange(x_BT.shape[1] if cache is None else cache["keys"].shape[2])[None, None]
+        slots_B1P = jnp.arange(x_BT.shape[1] if known.cache is None else known.cache["keys"].shape[2])[None, None]
     return positions_BT, _mask(config, slots_B1P, positions_BT)
 
 
@@ -334,15 +255,14 @@ def prefix(
     params: Params,
     tokens_BT,
     positions_BT=None,
-    cache: Cache = None,
     adapter: Adapter | None = None,
-    context: Context = None,
+    known: Known = NOTHING,
 ):
     """The frozen layers: hidden_BTD at the input of the first memory layer, and the cache with these tokens in it.
 
     With a context, `positions_BT` is given too; the tokens follow it.
     """
-    arguments = *_positions(decoder.config, tokens_BT, positions_BT, cache, context), cache, adapter, context
+    arguments = *_positions(decoder.config, tokens_BT, positions_BT, known), adapter, known
     return decoder.apply({"params": params}, tokens_BT, *arguments, method="prefix")
 
 
@@ -351,26 +271,43 @@ def suffix(
     params: Params,
     hidden_BTD,
     positions_BT=None,
-    cache: Cache = None,
     adapter: Adapter | None = None,
-    context: Context = None,
+    known: Known = NOTHING,
+    at_BA=None,
 ):
-    """The memory layers: the normed hidden_BTD that `unembed` takes, and the cache with these tokens written."""
-    arguments = *_positions(decoder.config, hidden_BTD, positions_BT, cache, context), cache, adapter, context
-    return decoder.apply({"params": params}, hidden_BTD, *arguments, method="suffix")
+    """The memory layers: the normed hidden_BTD that `unembed` takes, and the cache with these tokens written.
+
+    With `at_BA`, the output is that of the tokens with these indices alone. The layers are not scanned: they are few,
+    and so the first one's input gets no gradient that nobody needs, and the last one leaves out what nobody reads.
+    """
+    hidden_BTD = sharding.constrain(hidden_BTD, "batch", None, None)
+    arguments = _positions(decoder.config, hidden_BTD, positions_BT, known)
+    block, caches = Block(decoder.config), []
+    for layer in range(decoder.memory_layers):
+        own = jax.tree.map(lambda x, layer=layer: x[layer], (params["suffix_layers"], adapter, known))
+        last = at_BA if layer == decoder.memory_layers - 1 else None
+
+        def apply(hidden_BTD, own, last=last):
+            weights, *rest = own
+            return block.apply({"params": weights}, hidden_BTD, *arguments, *rest, last)
+
+        hidden_BTD, written = (jax.checkpoint(apply) if decoder.remat else apply)(hidden_BTD, own)
+        caches.append(written)
+    hidden_BTD = RMSNorm(decoder.config.norm_eps).apply({"params": params["final_norm"]}, hidden_BTD)
+    return hidden_BTD, jax.tree.map(lambda *layers: jnp.stack(layers), *caches)
 
 
-def early(decoder: Decoder, params: Params, tokens_BT, positions_BT=None, context: Context = None, *, layers: int):
+def early(decoder: Decoder, params: Params, tokens_BT, positions_BT=None, known: Known = NOTHING, *, layers: int):
     """hidden_BTD after the first `layers` layers of the prefix, and those alone are computed."""
     hidden_BTD = decoder.apply({"params": params}, tokens_BT, method="embed")
-    positions_BT, mask_BTP = _positions(decoder.config, tokens_BT, positions_BT, None, context)
+    positions_BT, mask_BTP = _positions(decoder.config, tokens_BT, positions_BT, known)
     block = Block(decoder.config)
 
     def apply(hidden_BTD, layer):
         # By its index, as a scan over all layers does it: a slice of the first ones would be copied.
-        stacks = params["prefix_layers"], context
-        weights, before = jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, layer, keepdims=False), stacks)
-        return block.apply({"params": weights}, hidden_BTD, positions_BT, mask_BTP, None, None, before)[0], None
+        stacks = params["prefix_layers"], known
+        weights, own = jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, layer, keepdims=False), stacks)
+        return block.apply({"params": weights}, hidden_BTD, positions_BT, mask_BTP, None, own)[0], None
 
     return jax.lax.scan(apply, hidden_BTD, jnp.arange(layers))[0]
 
@@ -403,8 +340,8 @@ def _step_part(config: BackboneConfig, part, hidden_B1D, positions_B, reach: int
         # By their index, so that what is not read is not copied either.
         weights, added = jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, layer, keepdims=False), stacks)
         window = (layer, 0, 0, 0, 0), (1, rows_B.size, G, reach, W)
-        known = jax.tree.map(lambda x_LSGPW: jax.lax.dynamic_slice(x_LSGPW, *window)[0], room)
-        return Block(config).apply({"params": weights}, hidden_B1D, positions_B1, mask_B1P, None, added, None, known)
+        own = jax.tree.map(lambda x_LSGPW: jax.lax.dynamic_slice(x_LSGPW, *window)[0], room)
+        return Block(config).apply({"params": weights}, hidden_B1D, positions_B1, mask_B1P, added, Known(room=own))
 
     hidden_B1D, new = jax.lax.scan(apply, hidden_B1D, jnp.arange(room["keys"].shape[0]))
     # The axes that are indexed come first in what is set there: B before the layers.

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lamini_jax.backbone.transformer import LINEAR_LAYERS, Adapter, LowRank, linear_shapes
+from lamini_jax.backbone.linear_layers import LINEAR_LAYERS, Adapter, LowRank, linear_shapes
 from lamini_jax.config import BackboneConfig, MemoryConfig
 from lamini_jax.errors import DEVICES, UserError
 from lamini_jax.runtime import sharded_tables, sharding

@@ -21,7 +21,7 @@ from lamini_jax.backbone import json_file
 from lamini_jax.backbone.answering import AdapterFn
 from lamini_jax.backbone.frozen_model import Adapters, FrozenModel
 from lamini_jax.backbone.json_file import shown
-from lamini_jax.backbone.transformer import Adapter
+from lamini_jax.backbone.linear_layers import Adapter
 from lamini_jax.config import Config, MemoryConfig, RouterConfig, from_config_dict, identity
 from lamini_jax.errors import UserError
 from lamini_jax.index import LOOKUPS

@@ -85,8 +85,9 @@ def use_devices(mesh: config_lib.MeshConfig) -> None:
     """Makes the mesh of all devices ambient. Raises UserError (DEVICES) if there are none, or others."""
     import jax
 
-    from lamini_jax.runtime import sharding
+    from lamini_jax.runtime import processes, sharding
 
+    processes.keep_freed_memory()
     jax.config.update("jax_enable_x64", False)  # JAX_ENABLE_X64 would change every number
     user_cache.use(_CACHE.value)
     try:

@@ -11,9 +11,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lamini_jax.backbone import frozen_model, transformer
+from lamini_jax.backbone import frozen_model, linear_layers, transformer
 from lamini_jax.backbone.frozen_model import FrozenModel
-from lamini_jax.backbone.transformer import Adapter, LowRank, Room
+from lamini_jax.backbone.linear_layers import Adapter, LowRank
+from lamini_jax.backbone.transformer import Known, Room
 from lamini_jax.data import batches
 from lamini_jax.runtime import sharding
 from lamini_jax.serving.work import MOST_LIKELIEST
@@ -87,7 +88,7 @@ def empty(model: FrozenModel, slots: int, target: str, rank: int) -> Slots:
         shape = layers, slots, config.num_kv_heads, config.max_seq_len, config.head_dim
         return {name: _room(jnp.zeros(shape, config.dtype)) for name in ("keys", "values")}
 
-    down, up = transformer.linear_shapes(config)[target]
+    down, up = linear_layers.linear_shapes(config)[target]
     parts = (jnp.zeros((memory_layers, slots, rank, width), config.dtype) for width in (down, up))
     return Slots((room(config.num_layers - memory_layers), room(memory_layers)), {target: LowRank(*parts)})
 
@@ -101,11 +102,11 @@ def read(model: FrozenModel, slots: Slots, slot, prompt_1T, adapter: Adapter | N
     parts = model.decoder, model.params
     caches = frozen_model.caches(model, *prompt_1T.shape)
     own = frozen_model.after_beginning(model, prompt_1T)
-    hidden_1TD, prefix = transformer.prefix(*parts, **own, cache=caches[0])
+    hidden_1TD, prefix = transformer.prefix(*parts, **own, known=Known(caches[0]))
     positions_1T = own["positions_BT"]
     if adapter is not None:
         hidden_1TD, positions_1T = frozen_model.with_shared(model, hidden_1TD), None
-    _, suffix = transformer.suffix(*parts, hidden_1TD, positions_1T, caches[1], adapter)
+    _, suffix = transformer.suffix(*parts, hidden_1TD, positions_1T, adapter, Known(caches[1]))
 
     def placed(room_LSGPW, cache_L1TGW):
         return _room(jax.lax.dynamic_update_slice(room_LSGPW, jnp.moveaxis(cache_L1TGW, 2, 3), (0, slot, 0, 0, 0)))

@@ -14,10 +14,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from lamini_jax.backbone import answering, transformer
+from lamini_jax.backbone import answering, linear_layers, transformer
 from lamini_jax.backbone.answering import AdapterFn
 from lamini_jax.backbone.frozen_model import FrozenModel
-from lamini_jax.backbone.transformer import Adapter, Decoder, LowRank
+from lamini_jax.backbone.linear_layers import Adapter, LowRank
+from lamini_jax.backbone.transformer import Decoder
 from lamini_jax.config import Config, OptimizerConfig
 from lamini_jax.data import batches
 from lamini_jax.data.facts import Fact
@@ -133,7 +134,7 @@ def adapters(decoder: Decoder, rank: int, key: jax.Array) -> dict[str, Adapter]:
     """Adapters of prefix and suffix. As in the experts, the down matrix starts random and the up matrix at zero."""
     config = decoder.config
     parts = {"prefix": config.num_layers - decoder.memory_layers, "suffix": decoder.memory_layers}
-    shapes = transformer.linear_shapes(config)
+    shapes = linear_layers.linear_shapes(config)
     keys = iter(jax.random.split(key, len(parts) * len(shapes)))
 
     def low_rank(layers, input_width, output_width):

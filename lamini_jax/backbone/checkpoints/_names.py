@@ -5,7 +5,8 @@ from collections.abc import Iterator
 import numpy as np
 from flax.traverse_util import flatten_dict
 
-from lamini_jax.backbone.transformer import LINEAR_LAYERS, Params
+from lamini_jax.backbone.linear_layers import LINEAR_LAYERS
+from lamini_jax.backbone.transformer import Params
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 # Parameters that exist once, and those of each layer.

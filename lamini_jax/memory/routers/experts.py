@@ -20,6 +20,7 @@ import scipy.sparse
 
 from lamini_jax.backbone import frozen_model, transformer
 from lamini_jax.backbone.frozen_model import FrozenModel
+from lamini_jax.backbone.transformer import Known
 from lamini_jax.config import Config, router_layer
 from lamini_jax.data import calibration, world
 from lamini_jax.errors import UserError
@@ -57,7 +58,7 @@ def features(model: FrozenModel, prompt_BT, length_B, layer: int):
     """feature_BD of questions, from the output of one layer. Tokens of the prompt's format do not count."""
     own, frame = frozen_model.after_beginning(model, prompt_BT), model.tokenizer.frame
     context = model.beginning and model.beginning.prefix
-    hidden_BTD = transformer.early(model.decoder, model.params, **own, layers=layer, context=context)
+    hidden_BTD = transformer.early(model.decoder, model.params, **own, layers=layer, known=Known(context=context))
     positions_BT = own["positions_BT"]
     own_BT = (positions_BT >= frame.before) & (positions_BT < length_B[:, None] - frame.after)
     return sharding.constrain(pool(hidden_BTD, own_BT))
