@@ -32,7 +32,9 @@ def steps(config, model):
 @pytest.mark.parametrize("method", compute_requirements.METHODS)
 def test_counted_flops_are_those_of_the_program(config, steps, method):
     step = steps[method]
-    counted = COUNT * flops.per_fact(config, method, step.tokens, step.answer_tokens, depth=(1, 1))
+    counted = COUNT * flops.per_fact(
+        config, method, step.tokens, step.answer_tokens, depth=(1, config.memory.num_layers)
+    )
     program = step.lowered.cost_analysis()["flops"]
     # What is no product (norms, softmax, the optimizer) weighs little, and adds.
     assert counted < program < 1.12 * counted
@@ -48,7 +50,7 @@ def test_a_second_forward_pass_costs_as_much_as_the_first():
     config, shape = helpers.CONFIG, (32, 8)
     once, twice = (flops.per_fact(config, "mome", *shape, remat=remat) for remat in (False, True))
     unembedding = 4 * shape[1] * helpers.BACKBONE.embed_dim * helpers.BACKBONE.vocab_size
-    assert 1 / 3 < (twice - once) / (once - unembedding) < 1 / 2  # of two or three products
+    assert 1 / 3 < (twice - once) / (once - unembedding) < 2 / 3  # of three products, or less in the first layer
 
 
 def test_trained_parameters(model):
