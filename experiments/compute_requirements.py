@@ -90,9 +90,7 @@ def measured(config: Config, model: FrozenModel, bar: tqdm.tqdm) -> dict:
             method: {
                 "seconds": statistics.median(seconds[method]) / len(facts),
                 "flops": flops.per_fact(config, method, tokens, answer),
-                "flops_of_one_prefix_layer": flops.per_fact(
-                    config, method, tokens, answer, (1, config.memory.num_layers)
-                ),
+                "flops_of_one_prefix_layer": flops.per_fact(config, method, tokens, answer, one_prefix_layer),
                 "flops_by_compiler": by_compiler[method],
                 "trained_parameters": flops.trained_parameters(config, method),
             }

@@ -31,13 +31,11 @@ def steps(config, model):
 
 @pytest.mark.parametrize("method", compute_requirements.METHODS)
 def test_counted_flops_are_those_of_the_program(config, steps, method):
-    step = steps[method]
-    counted = COUNT * flops.per_fact(
-        config, method, step.tokens, step.answer_tokens, depth=(1, config.memory.num_layers)
-    )
+    step, depth = steps[method], (1, config.memory.num_layers)
+    counted = COUNT * flops.per_fact(config, method, step.tokens, step.answer_tokens, depth)
     program = step.lowered.cost_analysis()["flops"]
-    # What is no product (norms, softmax, the optimizer) weighs little, and adds.
-    assert counted < program < 1.12 * counted
+    # What is no product (norms, softmax, the optimizer) weighs little, and adds; shorter answers have fewer logits.
+    assert 0.98 * counted < program < 1.12 * counted
 
 
 def test_a_step_costs_the_same_for_any_number_of_experts(steps):
