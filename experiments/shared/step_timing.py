@@ -21,7 +21,7 @@ TURNS = 15
 
 
 class TimedStep:
-    """A method's step on all of its facts, which have one length, with the seconds of each step taken."""
+    """A method's step on all of its facts, which have one length."""
 
     def __init__(self, method: TrainMethod):
         (examples,), (facts,) = method.data.examples, method.data.buckets
@@ -29,27 +29,32 @@ class TimedStep:
         self._model, self._state, self._batch = method.model, method.init(), facts.batch(index_B)
         self.lowered = method.step.lower(self._model, self._state, *self._batch)
         self.tokens, self.answer_tokens = examples.tokens_FT.shape[1], examples.targets_FA.shape[1]
-        self.seconds: list[float] = []
 
     @functools.cached_property
     def compiled(self) -> jax.stages.Compiled:
         return self.lowered.compile()
 
-    def take(self) -> None:
-        """Takes one step. The first one compiles."""
+    def take(self) -> float:
+        """Takes one step and returns its seconds. The first one compiles."""
         started = time.perf_counter()
         self._state, _ = jax.block_until_ready(self.compiled(self._model, self._state, *self._batch))
-        self.seconds.append(time.perf_counter() - started)
+        return time.perf_counter() - started
 
 
 def take_turns(steps: Mapping[str, TimedStep], bar: tqdm.tqdm) -> dict[str, list[float]]:
-    """The seconds of each step, taken in turn so that a machine that is busy for a while slows all."""
-    for _ in range(TURNS + 1):  # the first turn compiles
+    """The seconds of each step, taken in turn so that a machine that is busy for a while slows all.
+
+    Each turn takes two, of which the second counts: the first finds the caches as another method has left them.
+    """
+    seconds = {name: [] for name in steps}
+    for turn in range(TURNS + 1):  # the first turn compiles
         for name, step in steps.items():
             bar.set_postfix_str(name, refresh=False)
             step.take()
+            taken = step.take()
+            seconds[name] += [taken] if turn else []
             bar.update()
-    return {name: step.seconds[1:] for name, step in steps.items()}
+    return seconds
 
 
 def with_own_experts(

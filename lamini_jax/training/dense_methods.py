@@ -176,15 +176,17 @@ def _programs(tx: optax.GradientTransformation, apply: Callable) -> tuple[Callab
 
     @functools.partial(jax.jit, donate_argnums=1)
     def step(model: FrozenModel, state: DenseState, facts: DeviceFacts, index_B):
-        batch = facts.take(index_B)
+        with jax.named_scope("gather"):
+            batch = facts.take(index_B)
 
         def objective(trained):
             losses, mean_B = forward(model, trained, batch)
             return jnp.sum(mean_B) / mean_B.size, losses
 
         gradients, losses = jax.grad(objective, has_aux=True)(state.trained)
-        updates, optimizer = tx.update(gradients, state.optimizer, state.trained)
-        return DenseState(optax.apply_updates(state.trained, updates), optimizer), losses
+        with jax.named_scope("optimizer"):
+            updates, optimizer = tx.update(gradients, state.optimizer, state.trained)
+            return DenseState(optax.apply_updates(state.trained, updates), optimizer), losses
 
     @jax.jit
     def losses(model: FrozenModel, state: DenseState, facts: DeviceFacts, index_B):

@@ -136,8 +136,9 @@ def programs(shape: ExpertShape, target: str, tx, max_slots: int) -> tuple[Calla
     """
 
     def gather(state: MemoryState, facts: DeviceFacts, index_B):
-        batch = facts.take(index_B)
-        return batch, experts.gather(state.experts_NR, batch.selected.expert_ids_FK)
+        with jax.named_scope("gather"):
+            batch = facts.take(index_B)
+            return batch, experts.gather(state.experts_NR, batch.selected.expert_ids_FK)
 
     def forward(model, rows_BKR, batch: DeviceFacts):
         adapter = experts.adapter(rows_BKR, batch.selected.gates_FK, target)
@@ -152,7 +153,7 @@ def programs(shape: ExpertShape, target: str, tx, max_slots: int) -> tuple[Calla
             return jnp.sum(mean_B), losses
 
         gradients_BKR, losses = jax.grad(objective, has_aux=True)(rows_BKR)
-        with jax.named_scope("row_optimizer"):
+        with jax.named_scope("optimizer"):
             slots_BK = batch.selected.slots_FK
             updated = row_optimizer.update(tx, state.experts_NR, state.slots, slots_BK, gradients_BKR, shape, max_slots)
         return MemoryState(*updated), losses
