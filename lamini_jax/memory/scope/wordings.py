@@ -12,7 +12,7 @@ import numpy as np
 
 from lamini_jax.backbone.frozen_model import FrozenModel
 from lamini_jax.data import calibration, world
-from lamini_jax.runtime import sharded_tables
+from lamini_jax.runtime import sharded_tables, user_cache
 
 _WORD = re.compile(r"[^\W_]+(?:['’][^\W_]+)*")
 _POSSESSIVE = re.compile(r"['’]s$", re.IGNORECASE)
@@ -99,11 +99,15 @@ class Words:
         self._encode = model.tokenizer.encode
         embedding_VD = sharded_tables.whole(model.params["embedding"]).astype(np.float32)
         self._centred_VD = embedding_VD - embedding_VD.mean(axis=0)
-        # Few directions hold most of what embeddings have in common; whitened, they tell words apart.
-        variances_D, axes_DD = np.linalg.eigh(np.cov(self._centred_VD[:_MOST_ROWS], rowvar=False))
-        self._whitening_DC = axes_DD / np.sqrt(np.maximum(variances_D, 0) + _RIDGE * variances_D.max())
+        name = f"words/{model.fingerprint}-{_MOST_ROWS}-{_RIDGE}"
+        self._whitening_DC = user_cache.array(name, self._whiten) if model.fingerprint else self._whiten()
         self.share = functools.lru_cache(maxsize=1 << 17)(self._share)
         self.meaning = functools.lru_cache(maxsize=1 << 14)(self._meaning)
+
+    def _whiten(self) -> np.ndarray:
+        """whitening_DC of the embeddings: few directions hold most of what they have in common."""
+        variances_D, axes_DD = np.linalg.eigh(np.cov(self._centred_VD[:_MOST_ROWS], rowvar=False))
+        return axes_DD / np.sqrt(np.maximum(variances_D, 0) + _RIDGE * variances_D.max())
 
     def _share(self, word: str) -> float:
         """The share of questions that have a word, by Zipf's law if it is one token: vocabularies begin with common
