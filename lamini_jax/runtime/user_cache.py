@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 _COMPILED_BYTES = 2 * 10**9  # the programs used least recently are removed beyond this
-_COMPILED_SECONDS = 0.2  # what takes less to compile is not kept
+_COMPILED_SECONDS = 0.01  # what takes less to compile is not kept; a start needs forty programs that take little more
 
 
 def default() -> str:
