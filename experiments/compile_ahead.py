@@ -152,7 +152,9 @@ def programs(config: Config) -> tuple[dict, dict]:
 
     def answer(model, prompt_BT, length_B, rows_BKR, gates_BK):
         adapters = storage.adapters(experts.adapter(rows_BKR, gates_BK, target), config.memory.positions)
-        return decoding.generate(model, prompt_BT, length_B, ANSWER, adapters)
+        state = decoding.prefill(model, prompt_BT, length_B, ANSWER, adapters)
+        reach = decoding.reach_for(state, prompt_BT.shape[1] + ANSWER)
+        return decoding.decode(model, state, ANSWER, adapters, reach=reach).answer_BA
 
     return resident, {
         "step": (step, (model, state, facts, index_B)),

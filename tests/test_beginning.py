@@ -105,13 +105,13 @@ def adapters(config, models):
 
 @pytest.mark.parametrize("kind", ["bare", "all", "answer", "LoRA"])
 def test_decoding_begins_as_after_whole_prompts(models, prompts, adapters, kind):
-    """The caches, which decide all that follows, and the first token."""
+    """The keys and values, which decide all that follows, and the first token."""
     found, expected = (decoding.prefill(model, *prompts, 8, adapters[kind]) for model in models)
     np.testing.assert_array_equal(found.token_B, expected.token_B)
     np.testing.assert_allclose(found.min_logprob_B, expected.min_logprob_B, atol=1e-4)
     within_BP = of_questions(prompts)
-    for one, other in zip(jax.tree.leaves(found.caches), jax.tree.leaves(expected.caches), strict=True):
-        one, other = (np.asarray(cache)[:, :, : prompts[0].shape[1]][:, within_BP] for cache in (one, other))
+    for one, other in zip(jax.tree.leaves(found.rooms), jax.tree.leaves(expected.rooms), strict=True):
+        one, other = (np.moveaxis(room, 3, 2)[:, :, : prompts[0].shape[1]][:, within_BP] for room in (one, other))
         np.testing.assert_allclose(one, other, atol=1e-4)
     if kind != "bare":
         bare = decoding.prefill(models[0], *prompts, 8, Adapters())

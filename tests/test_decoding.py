@@ -134,7 +134,7 @@ def test_token_by_token_as_at_once(model, prompt_BT, stop_id):
     model = stopping(model, stop_id)
     state = decoding.prefill(model, prompt_BT, LENGTHS, LONGEST)
     for step in range(1, LONGEST + 2):
-        state = decoding.decode(model, state, step)
+        state = decoding.decode(model, state, step, reach=decoding.reach_for(state, prompt_BT.shape[1] + step))
     answer_BA, probability_B = decoding.generate(model, prompt_BT, LENGTHS, LONGEST)
     assert helpers.same_bits(state.answer_BA, answer_BA)
     assert helpers.same_bits(state.probability_B, probability_B)

@@ -133,12 +133,12 @@ def test_logits_beside_an_answer_are_those_of_the_plain_model(model, directory, 
 def test_the_question_is_read_by_the_bare_backbone(model, adapter, prompts):
     """Its keys and values are that of the backbone bit for bit, up to the position that the answer begins with."""
     bare, adapted = (
-        decoding.prefill(model, *prompts, 1, adapters).caches for adapters in (Adapters(), Adapters(answer=adapter))
+        decoding.prefill(model, *prompts, 1, adapters).rooms for adapters in (Adapters(), Adapters(answer=adapter))
     )
     assert helpers.same_bits(bare[0], adapted[0])
     for b, length in enumerate(prompts[1]):
         for name in ("keys", "values"):
-            before, after = (np.asarray(cache[1][name])[:, b] for cache in (bare, adapted))
+            before, after = (np.moveaxis(rooms[1][name][:, b], 2, 1) for rooms in (bare, adapted))
             assert helpers.same_bits(before[:, : length - 1], after[:, : length - 1])
             # The second memory layer reads what the first one has changed.
             assert (before[1, length - 1] != after[1, length - 1]).all()

@@ -93,7 +93,8 @@ def stream(
     selection = _at(jax.tree.map(np.asarray, adapters.selection), 0)
     state = decoding.prefill(model, bucket.tokens_FT, bucket.length_F, model.max_seq_len, adapters, sampling)
     for step in itertools.count(1):
-        state = decoding.decode(model, state, step, adapters, sampling)
+        reach = decoding.reach_for(state, bucket.tokens_FT.shape[1] + step)
+        state = decoding.decode(model, state, step, adapters, sampling, reach=reach)
         text = model.tokenizer.decode(np.asarray(state.answer_BA)[0, : int(state.step)])
         yield Answer(text, float(state.probability_B[0]), selection)
         if int(state.step) < step or step == state.answer_BA.shape[1]:

@@ -1,7 +1,7 @@
 """Decoding with a KV cache, greedy or sampled: in batches, each of which stops when all of its answers are complete.
 
 `prefill` reads the prompts and compiles once per shape of them; `decode` generates the next tokens and compiles once
-per number of prompts.
+per number of prompts and reach: how many positions its steps look at, of which there are few.
 """
 
 import functools
@@ -16,6 +16,7 @@ from lamini_jax.backbone.transformer import Known
 from lamini_jax.runtime import sharding
 
 BARE = Adapters()
+_LEAST_REACH = 128
 
 
 class Sampling(NamedTuple):
@@ -34,7 +35,7 @@ class State(NamedTuple):
     token_B: jax.Array  # the next token of each
     budget_B: jax.Array  # tokens that an answer may have
     length_B: jax.Array  # of the prompts
-    caches: tuple[transformer.Cache, transformer.Cache]
+    rooms: tuple[transformer.Room, transformer.Room]
 
     @property
     def probability_B(self):
@@ -60,7 +61,7 @@ def prefill(
     length = max(model.max_seq_len, prompt_BT.shape[1])
     if adapters.prefix is not None:  # which changes what is known of the shared beginning
         model = model.replace(beginning=None)
-    known = tuple(map(Known, frozen_model.caches(model, batch, length)))
+    known = tuple(map(Known, frozen_model.caches(model, *prompt_BT.shape)))
     own = frozen_model.after_beginning(model, prompt_BT)
     hidden_BTD, prefix = transformer.prefix(*parts, **own, adapter=adapters.prefix, known=known[0])
     positions_BT = own["positions_BT"]
@@ -77,15 +78,22 @@ def prefill(
     token_B, logprob_B = _choose(model, read_B1D, _at(sampling, 0))
     answer_BA = jnp.full((batch, length), model.tokenizer.stop_ids[0], jnp.int32)
     budget_B = jnp.minimum(max_new_tokens, length - length_B)
-    return State(jnp.int32(0), answer_BA, logprob_B, token_B, budget_B, length_B, (prefix, suffix))
+    rooms = transformer.as_room(prefix, length), transformer.as_room(suffix, length)
+    return State(jnp.int32(0), answer_BA, logprob_B, token_B, budget_B, length_B, rooms)
 
 
-@functools.partial(jax.jit, donate_argnames="state")
+@functools.partial(jax.jit, static_argnames="reach", donate_argnames="state")
 def decode(
-    model: FrozenModel, state: State, until, adapters: Adapters = BARE, sampling: Sampling | None = None
+    model: FrozenModel,
+    state: State,
+    until,
+    adapters: Adapters = BARE,
+    sampling: Sampling | None = None,
+    *,
+    reach: int,
 ) -> State:
-    """Continues until there are `until` tokens, or all answers are complete."""
-    stop_ids = model.tokenizer.stop_ids
+    """Continues until there are `until` tokens, or all answers are complete; all positions are below `reach`."""
+    stop_ids, beside = model.tokenizer.stop_ids, (adapters.prefix, adapters.suffix or adapters.answer)
 
     def unfinished(state):
         room = state.step < jnp.minimum(until, state.answer_BA.shape[1])
@@ -94,17 +102,14 @@ def decode(
     def advance(state):
         answer_BA = state.answer_BA.at[:, state.step].set(state.token_B)
         # A prompt's padding is overwritten before any token can attend to it.
-        positions_B1, step = (state.length_B + state.step)[:, None], state.step + 1
-        parts, suffix = (model.decoder, model.params), adapters.suffix or adapters.answer
-        known = tuple(map(Known, state.caches))
-        hidden_B1D, first = transformer.prefix(*parts, state.token_B[:, None], positions_B1, adapters.prefix, known[0])
-        hidden_B1D, second = transformer.suffix(*parts, hidden_B1D, positions_B1, suffix, known[1])
+        arguments = state.token_B, state.length_B + state.step, state.rooms, beside
+        hidden_B1D, rooms = transformer.step(model.decoder, model.params, *arguments, reach=reach)
+        rooms, step = jax.tree.map(transformer.placed_room, rooms), state.step + 1
         token_B, logprob_B = _choose(model, hidden_B1D, _at(sampling, step))
         done_B = is_complete(state.token_B, stop_ids)
         token_B = jnp.where(done_B | (step >= state.budget_B), stop_ids[0], token_B)
         logprob_B = jnp.where(done_B, state.min_logprob_B, jnp.minimum(state.min_logprob_B, logprob_B))
-        caches = first, second
-        return state._replace(step=step, answer_BA=answer_BA, token_B=token_B, min_logprob_B=logprob_B, caches=caches)
+        return state._replace(step=step, answer_BA=answer_BA, token_B=token_B, min_logprob_B=logprob_B, rooms=rooms)
 
     state = jax.lax.while_loop(unfinished, advance, state)
     whole = {name: sharding.constrain(getattr(state, name)) for name in ("answer_BA", "min_logprob_B")}
@@ -121,9 +126,18 @@ def generate(model: FrozenModel, prompt_BT, length_B, max_new_tokens, adapters=B
 
     The stop token that ends an answer counts too, unless the answer was cut off.
     """
-    state = prefill(model, prompt_BT, length_B, max_new_tokens, adapters, sampling)
-    state = decode(model, state, state.answer_BA.shape[1], adapters, sampling)
+    state, until = prefill(model, prompt_BT, length_B, max_new_tokens, adapters, sampling), 0
+    while int(state.step) == until < state.answer_BA.shape[1]:
+        reach = reach_for(state, prompt_BT.shape[1] + until + 1)
+        until = reach - prompt_BT.shape[1] if reach < state.answer_BA.shape[1] else reach
+        state = decode(model, state, until, adapters, sampling, reach=reach)
     return state.answer_BA, state.probability_B
+
+
+def reach_for(state: State, positions: int) -> int:
+    """The reach of steps that look at so many positions: as few different ones as make a short answer cheap."""
+    longest = state.answer_BA.shape[1]
+    return min(longest, max(_LEAST_REACH, 1 << (positions - 1).bit_length()))
 
 
 def _at(sampling: Sampling | None, step) -> Sampling | None:

@@ -312,16 +312,39 @@ def early(decoder: Decoder, params: Params, tokens_BT, positions_BT=None, known:
     return jax.lax.scan(apply, hidden_BTD, jnp.arange(layers))[0]
 
 
+def as_room(cache: Cache, length: int) -> Room:
+    """The keys and values of a cache as `step` reads them, with room for `length` tokens."""
+
+    def room(x_LBPGW):
+        x_LBGPW = jnp.moveaxis(x_LBPGW, 2, 3)
+        return placed_room(jnp.pad(x_LBGPW, [(0, 0)] * 3 + [(0, length - x_LBGPW.shape[3]), (0, 0)]))
+
+    return jax.tree.map(room, cache)
+
+
+def placed_room(x_LBGPW):
+    """The keys or values of a room, divided as those of a cache are."""
+    return sharding.constrain(x_LBGPW, None, "batch", "kv_heads", None, None)
+
+
 def step(
-    decoder: Decoder, params: Params, tokens_B, positions_B, rooms: tuple[Room, Room], adapter=None, *, reach: int
+    decoder: Decoder,
+    params: Params,
+    tokens_B,
+    positions_B,
+    rooms: tuple[Room, Room],
+    adapters: tuple[Adapter | None, Adapter | None] = (None, None),
+    *,
+    reach: int,
 ):
     """One more token of each of B sequences: hidden_B1D that `unembed` takes, and the rooms of both parts with it.
 
     Rooms may have more sequences than B and more positions than `reach`. Only the first of each are read, so that a
-    step takes no longer than its sequences need. The adapter is one of the suffix.
+    step takes no longer than its sequences need.
     """
     hidden_B1D = decoder.apply({"params": params}, tokens_B[:, None], method="embed")
-    parts = (params["prefix_layers"], None, rooms[0]), (params["suffix_layers"], adapter, rooms[1])
+    layers = params["prefix_layers"], params["suffix_layers"]
+    parts = zip(layers, adapters, rooms, strict=True)
     read = []
     for part in parts:
         hidden_B1D, room = _step_part(decoder.config, part, hidden_B1D, positions_B, reach)

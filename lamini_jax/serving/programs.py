@@ -139,7 +139,7 @@ def step(model: FrozenModel, slots: Slots, token_N, position_N, reach: int) -> t
     """Reads one token of each of the first N slots; all positions are below `reach`."""
     parts = model.decoder, model.params
     adapter = jax.tree.map(lambda x_MSKX: x_MSKX[:, : token_N.shape[0]], slots.adapter)
-    hidden_N1D, rooms = transformer.step(*parts, token_N, position_N, slots.rooms, adapter, reach=reach)
+    hidden_N1D, rooms = transformer.step(*parts, token_N, position_N, slots.rooms, (None, adapter), reach=reach)
     logits_NV = transformer.unembed(*parts, hidden_N1D)[:, 0]
     token_N = jnp.argmax(logits_NV, axis=-1).astype(jnp.int32)
     return slots._replace(rooms=jax.tree.map(_room, rooms)), Stepped(logits_NV, token_N, _logprobs(logits_NV, token_N))
