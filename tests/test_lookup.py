@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from lamini_jax.errors import UserError
-from lamini_jax.index import LOOKUPS, _blocks, _kernel, _scores
+from lamini_jax.index import LOOKUPS, _blocks, _kernel, _scores, _top_k
 from lamini_jax.index import approximate as approximate_lookup
 from lamini_jax.index import exact as exact_lookup
 from lamini_jax.index import product as product_lookup
@@ -43,6 +43,7 @@ approximate = jit(approximate_lookup.find)
 
 # One block and many of them, full ones and not, fewer and more than K; numbers that nothing divides.
 SIZES = [(1, 1), (7, 7), (256, 256), (1009, 1), (1009, 1009), (2048, 8), (2304, 8), (4099, 5), (70_001, 32)]
+WIDTHS = [(1, 1), (37, 1), (100, 37), (301, 7), (64, 64), (1024, 32), (1027, 32), (200, 65)]
 HALVES = [(1, 1), (3, 9), (10, 37), (10, 100), (64, 1), (64, 32), (301, 7)]
 
 
@@ -163,6 +164,34 @@ def test_equal_product_keys_in_the_order_of_their_ids(num_half, k):
     np.testing.assert_array_equal(
         product(half_keys_2HC, query_BC, k)[0], product_reference(half_keys_2HC, query_BC, k)[0]
     )
+
+
+@pytest.mark.parametrize("way", ["cpu", "default"])
+@pytest.mark.parametrize("kind", ["different", "equal", "special"])
+@pytest.mark.parametrize("width, k", WIDTHS)
+def test_top_k_is_the_first_of_a_stable_sort(width, k, kind, way, monkeypatch):
+    """In the order of their places and in that of ids which are not in order, of whichever device's way."""
+    monkeypatch.setattr(
+        jax.lax, "platform_dependent", lambda *arguments, **ways: ways.get(way, ways["default"])(*arguments)
+    )
+    rng = np.random.default_rng(width)
+    values_BN = {
+        "different": rng.permuted(np.tile(np.arange(width), (5, 1)), axis=1) * 1e-3 - 1,
+        "equal": rng.integers(-2, 2, (5, width)),
+        "special": rng.choice([-np.inf, -3e38, -1e-37, 0, 1e-37, 3e38, np.inf], (5, width)),
+    }[kind].astype(np.float32)
+    ids_BN = rng.permuted(np.tile(np.arange(width, dtype=np.int32), (5, 1)), axis=1)
+    places_BK = np.argsort(-values_BN, axis=1, kind="stable")[:, :k]
+    by_id_BK = np.take_along_axis(ids_BN, np.lexsort((ids_BN, -values_BN), axis=1)[:, :k], axis=1)
+    found = jax.jit(lambda *arrays: (_top_k.top_k(arrays[0], k), _top_k.top_k_by_id(*arrays, k)))(values_BN, ids_BN)
+    for (best_BK, found_BK), expected_BK in zip(found, (places_BK, by_id_BK), strict=True):
+        np.testing.assert_array_equal(found_BK, expected_BK)
+        np.testing.assert_array_equal(best_BK, np.take_along_axis(values_BN, places_BK, axis=1))
+
+
+def test_zeros_of_either_sign_are_equal():
+    zeros_BN = np.where(np.arange(100) % 3 == 1, 0, -0.0).astype(np.float32)[None]
+    np.testing.assert_array_equal(_top_k.top_k(zeros_BN, 32)[1], np.arange(32)[None])
 
 
 def test_product_keys_are_the_sums_of_their_halves():

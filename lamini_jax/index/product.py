@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from lamini_jax.errors import UserError
-from lamini_jax.index import _keys, _scores
+from lamini_jax.index import _keys, _scores, _top_k
 from lamini_jax.runtime import sharded_tables, sharding
 
 QUERY_PARTS = 2
@@ -78,7 +78,7 @@ def _best_pairs(half_keys_2HC, query_BC, k: int, num_keys: int):
     num_half, batch = half_keys_2HC.shape[1], query_BC.shape[0]
     ranks = min(k, num_half)
     query_2BC = jnp.moveaxis(query_BC.reshape(batch, 2, -1), 1, 0)
-    halves = [_top_k(_scores.scores(half_keys_2HC[i], query_2BC[i]), ranks) for i in (0, 1)]
+    halves = [_top_k.top_k(_scores.scores(half_keys_2HC[i], query_2BC[i]), ranks) for i in (0, 1)]
     (first_BK, first_ids_BK), (second_BK, second_ids_BK) = halves
     sums, pairs = [], []
     for first, last, seconds in _rectangles(k, ranks):
@@ -86,23 +86,8 @@ def _best_pairs(half_keys_2HC, query_BC, k: int, num_keys: int):
         ids_BXY = first_ids_BK[:, first:last, None] * num_half + second_ids_BK[:, None, :seconds]
         pairs.append(ids_BXY.reshape(batch, -1))
     pairs_BX, sums_BX = jnp.concatenate(pairs, axis=1), jnp.concatenate(sums, axis=1)
-    best_BK, places_BK = _top_k(sums_BX, k)
-    crowded = jnp.any(jnp.sum(sums_BX >= best_BK[:, -1:], axis=1) > k)
-
-    def by_id():
-        """Of equal scores at the k-th place the lowest id: sorted by id first, which takes as long as all the rest."""
-        sorted_BX, sums_by_id_BX = jax.lax.sort((pairs_BX, sums_BX), num_keys=1)
-        return jnp.take_along_axis(sorted_BX, jax.lax.top_k(sums_by_id_BX, k)[1], axis=1)
-
-    ids_BK = jax.lax.cond(crowded, by_id, lambda: jnp.take_along_axis(pairs_BX, places_BK, axis=1))
-    _, ids_BK = jax.lax.sort((-best_BK, ids_BK), num_keys=2)
+    best_BK, ids_BK = _top_k.top_k_by_id(sums_BX, pairs_BX, k)
     return _scores.refuse(query_BC, ids_BK, best_BK, num_keys)
-
-
-def _top_k(scores_BN, k: int):
-    """`top_k` whose results may be sliced: without the barrier, XLA would slice a sort instead, five times slower."""
-    # A barrier for each result: with one for both, XLA's partitioner crashes (jax 0.10.2).
-    return tuple(map(jax.lax.optimization_barrier, jax.lax.top_k(scores_BN, k)))
 
 
 def _rectangles(k: int, ranks: int):
