@@ -214,6 +214,20 @@ def test_approximate_finds_most(num_keys):
     assert ids_BK[0, 0] == num_keys - 1
 
 
+@pytest.mark.parametrize("key_dim, batch", [(16, 1), (16, 5), (128, 64), (128, 257), (300, 130)])
+@pytest.mark.parametrize("num_keys", [32, 512, 4096, 4096 + 96, 4099])
+def test_maxima(num_keys, key_dim, batch):
+    """Of few blocks and of many, whatever they are fused with: as they are, and as integers."""
+    keys_NC, query_BC = normal(0, (num_keys, key_dim)), normal(1, (batch, key_dim))
+    padding = ((0, 0), (0, -num_keys % _blocks.SIZE))
+    scores_BN = np.pad(query_BC @ keys_NC.T, padding, constant_values=-np.inf)
+    expected_BL = scores_BN.reshape(batch, -1, _blocks.SIZE).max(axis=2)
+    np.testing.assert_allclose(jax.jit(_blocks.maxima)(keys_NC, query_BC), expected_BL, rtol=0, atol=1e-4)
+    bits_BL = jax.jit(lambda *arrays: jax.lax.bitcast_convert_type(_blocks.maxima(*arrays), jnp.int32))
+    maxima_BL = np.asarray(bits_BL(keys_NC, query_BC)).view(np.float32)
+    np.testing.assert_allclose(maxima_BL, expected_BL, rtol=0, atol=1e-4)
+
+
 @pytest.mark.parametrize("gpu", [False, True])
 @pytest.mark.parametrize("num_keys, batch", [(1024, 1), (2048, 130), (3072, 64)])
 def test_kernel(num_keys, batch, gpu):

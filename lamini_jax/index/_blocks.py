@@ -1,9 +1,10 @@
 """The best score of every block of keys, without ever writing scores of size B x N.
 
-Letters: L blocks of J keys each, C width of a key, B queries, G of them at a time.
+Letters: L blocks of J keys each, M keys in several blocks, C width of a key, B queries, G of them at a time.
 """
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,10 @@ from lamini_jax.index import _kernel, _scores
 
 # Keys in a block. With larger blocks there are fewer maxima to choose from, and more keys to score again.
 SIZE = 32
+
+# Blocks, and multiplications, in one product of a CPU's batch, at most: with more multiplications, XLA does not fuse it
+# with its maxima, and with more blocks it computes wrong ones in a batch of one (jax 0.10.2).
+_BLOCKS, _MULTIPLICATIONS = 16, 2**22
 
 
 def maxima(keys_NC, query_BC):
@@ -35,13 +40,20 @@ def maxima(keys_NC, query_BC):
 
 def _maxima_on_cpu(keys_LJC, query_BC):
     """As a batch of small products, which XLA's CPU backend fuses with their maxima: that is twice as fast."""
+    num_blocks, _, key_dim = keys_LJC.shape
     if query_BC.shape[0] == 1:  # reading the keys takes longest, and here they are read once
         return jnp.einsum("LJC,BC->LJB", keys_LJC, query_BC, **_scores.FULL).max(axis=1).T
 
     def maxima_of(query_GC):
-        # Transposed first: for the product "LJC,LGC->LJG" jax 0.10.2 computes wrong maxima, for this one right ones.
-        query_LCG = jnp.broadcast_to(query_GC.T[None], (keys_LJC.shape[0], *query_GC.T.shape))
-        return jnp.einsum("LJC,LCG->LJG", keys_LJC, query_LCG, **_scores.FULL).max(axis=1).T
+        # Several blocks in each product, because the queries are copied for every one; a power of two that divides L.
+        most = max(min(_MULTIPLICATIONS // (SIZE * query_GC.size), _BLOCKS), 1)
+        keys_LMC = keys_LJC.reshape(-1, SIZE * math.gcd(num_blocks, 1 << most.bit_length() - 1), key_dim)
+        # Transposed first: for the product "LMC,LGC->LMG" jax 0.10.2 computes wrong maxima, for this one right ones.
+        query_LCG = jnp.broadcast_to(query_GC.T[None], (keys_LMC.shape[0], *query_GC.T.shape))
+        scores_LMG = jnp.einsum("LMC,LCG->LMG", keys_LMC, query_LCG, **_scores.FULL)
+        window = (1, SIZE, 1)  # with a reshape and a maximum instead, they would not be fused
+        maxima_LMG = jax.lax.reduce_window(scores_LMG, -jnp.inf, jax.lax.max, window, window, "VALID")
+        return maxima_LMG.reshape(num_blocks, -1).T
 
     return in_groups(maxima_of, 256, query_BC)
 
