@@ -118,6 +118,18 @@ def test_a_long_neighbour_takes_no_room_from_an_answer(model, prompt_BT, stop_id
         assert (answer_BA[row, room - length :] == stop_id).all()
 
 
+def test_answers_go_on_where_steps_look_further(model, prompt_BT, stop_id, monkeypatch):
+    """Short prompts, whose answers outgrow the positions that the first steps look at."""
+    arguments = stopping(model, stop_id), prompt_BT[:, :16], np.minimum(LENGTHS, 16), LONGEST
+    at_once_BA, probability_B = decoding.generate(*arguments)
+    compilations = decoding.decode._cache_size()
+    monkeypatch.setattr(decoding, "_LEAST_REACH", 16)
+    answer_BA, in_turns_B = decoding.generate(*arguments)
+    assert decoding.decode._cache_size() == compilations + 2  # 32 positions, then 64
+    assert (np.asarray(answer_BA) == at_once_BA).all()
+    np.testing.assert_allclose(in_turns_B, probability_B, rtol=1e-4)
+
+
 def test_any_of_several_tokens_stops(model, prompt_BT, expected_BA, stop_id):
     """The answer ends before it, and is filled up with the first of them."""
     filler = int(np.setdiff1d(np.arange(256), expected_BA)[0])
