@@ -1,5 +1,6 @@
 """What a memory is compared with in `editing`, on the same facts and questions, each a `System` or a model alone."""
 
+import dataclasses
 import functools
 import shutil
 from collections.abc import Callable, Sequence
@@ -20,7 +21,7 @@ from lamini_jax.data.facts import fact_id
 from lamini_jax.training import FullMethod, LoraMethod, Run, TrainMethod
 
 ASKED = 200  # questions of a kind about stored facts that a rival is asked, half of it with typos
-DENSE_FACTS = 200  # that a real model's own weights are tuned on
+DENSE_FACTS, DENSE_EPOCHS = 100, 30  # that a real model's own weights are tuned on, at most
 DENSE_ASKED, COMPARED = 100, 50  # questions of a kind then: about these facts, and such that nobody stored
 _ANALYZERS = {"words": "word", "letters": "char_wb"}
 
@@ -125,8 +126,11 @@ def dense(
 
     `unchanged` is the share of questions that nobody stored which it answers as the backbone does.
     """
-    real = bool(config.backbone.path)
-    asked = asked.sample(DENSE_ASKED if real else ASKED, DENSE_FACTS if real else None)
+    if config.backbone.path:
+        asked = asked.sample(DENSE_ASKED, DENSE_FACTS)
+        config = dataclasses.replace(config, tuning=dataclasses.replace(config.tuning, epochs=DENSE_EPOCHS))
+    else:
+        asked = asked.sample(ASKED)
     facts = [Fact(fact_id(row.question), row.question, row.answer) for row in asked.facts]
     run = Run(create(config, backbone.model, facts), directory, directory.name, until_all_hold=True)
     tuned = run.result()
