@@ -14,8 +14,8 @@ it; `coded` is the number of bits that the model saves in coding the digits, tho
 how the capacities of 2 (arXiv 2404.05405) and 3.6 bits per parameter (arXiv 2505.24832) were measured. The results of
 finished cells are kept, so that more --counts may be added to a finished study.
 
-Takes 10 minutes on 2 x86-64 cores (jax 0.10.2), 4 of them for 5,000 facts; 20,000 facts alone take 14 minutes and 17.7
-GB. Expect:
+Takes at most 10 minutes on 2 x86-64 cores (jax 0.10.2); 5,000 facts alone take 68 s and 7.5 GB. With an earlier step,
+three times as slow, 20,000 facts took 14 minutes and 17.7 GB, and the facts/s below were measured. Expect:
 
     facts   memory                     load   recall   epochs   facts/s   bits per parameter   coded
     100     down_proj, 32 of 4,096     0.78   100%         17      17.1               0.0027
