@@ -49,7 +49,6 @@ from experiments.shared.claims import Claim
 from lamini_jax import UserError
 from lamini_jax.backbone.frozen_model import FrozenModel
 from lamini_jax.config import Config, DataConfig
-from lamini_jax.evaluation import recall
 from lamini_jax.memory import experts
 from lamini_jax.memory.routers import experts as expert_router
 from lamini_jax.training import run
@@ -131,7 +130,7 @@ def measure(cell: Cell, config: Config, model: FrozenModel, facts, features, pla
     """Memorizes the first facts; returns what it took, and what is recalled."""
     facts = facts[: cell.count]
     tuned, trained, stats = tune(cell, config, model, facts, features, place)
-    exact_F, _ = recall.recalled(tuned.model, tuned.adapter_fn, facts)
+    exact_F, _ = tuned.recalled()
     progress, recalled = tuned.progress, int(exact_F.sum())
     coded = float(np.maximum(BITS - progress.total_F / math.log(2), 0).sum())
     tuning_seconds = sum(progress.seconds)

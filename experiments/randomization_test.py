@@ -22,7 +22,6 @@ from experiments.shared import held_out, plotting, random_answer_runs, study
 from experiments.shared.claims import Claim, percent
 from experiments.shared.held_out import HeldOut
 from lamini_jax.backbone.answering import BARE
-from lamini_jax.evaluation import recall
 from lamini_jax.memory import routers
 from lamini_jax.memory.routers.experts import selection_stats
 
@@ -46,7 +45,7 @@ PAPER = {
 def measure(setting: random_answer_runs.Setting, name: str, asked: HeldOut) -> dict:
     """Tunes, then asks for every fact and the untuned questions."""
     tuned, facts = random_answer_runs.tune(setting, name)
-    exact_F, _ = recall.recalled(tuned.model, tuned.adapter_fn, facts)
+    exact_F, _ = tuned.recalled()
     progress = tuned.progress
     return {
         "loss": progress.loss,

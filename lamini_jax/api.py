@@ -19,7 +19,6 @@ from lamini_jax.config import facts as facts_config
 from lamini_jax.data import facts as facts_lib
 from lamini_jax.data.facts import Fact
 from lamini_jax.errors import UserError
-from lamini_jax.evaluation import recall
 from lamini_jax.fact_memory import Change, FactMemory, ListedFact, listed
 from lamini_jax.memories import ExpertMemory, Memory
 from lamini_jax.memory import scope, storage, store
@@ -183,7 +182,7 @@ def _tune(config: Config, model: FrozenModel, facts: list[Fact], directory: Path
     started, title = time.time(), f"tuning {len(facts)} facts"
     run = training.memory_run(config, model, facts, directory / "checkpoints", title, until_all_hold=True)
     tuned = run.result()
-    recalled_F, generated = recall.recalled(tuned.model, tuned.adapter_fn, facts)
+    recalled_F, generated = tuned.recalled()
     _write_recall(directory / "recall.jsonl", tuned, recalled_F, generated)
     result = TuneResult(
         facts=len(facts),

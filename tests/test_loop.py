@@ -9,9 +9,11 @@ import numpy as np
 import pytest
 from helpers import FACTS
 
+from lamini_jax.backbone import answering
 from lamini_jax.evaluation import recall
 from lamini_jax.training import loop
 from lamini_jax.training.method import Losses
+from lamini_jax.training.run import Tuned
 
 EVERY = list(range(len(FACTS)))
 
@@ -53,6 +55,19 @@ def test_training_until_all_hold(method):
             assert after[epoch][1] == np.flatnonzero(~certified_F).tolist()
             spared += certified_F.sum()
     assert spared > 0
+
+
+def test_what_was_asked_last_is_kept_until_the_next_step(method):
+    """A run that ends with asking every fact keeps what it heard; one that trains on afterwards forgets it."""
+    *_, (state, progress) = loop.epochs(*begin(method, 200), until_all_hold=True)
+    model, adapter_fn = method.adapter(state)
+    tuned = Tuned(FACTS, progress, model, answering.BARE, progress.worst_F < math.log(2))
+    assert tuned.recalled()[1] == recall.recalled(model, adapter_fn, FACTS)[1] and tuned.recalled()[0].all()
+    for _, progress in loop.epochs(*begin(method, 50)):
+        if progress.epoch == progress.full_recall and not progress.batches:
+            assert recall.exact(progress.generated, FACTS).all()
+    tuned = Tuned(FACTS, progress, model, answering.BARE, progress.worst_F < math.log(2))
+    assert progress.full_recall < progress.epoch and not tuned.recalled()[0].any()  # the bare backbone is asked
 
 
 def test_facts_that_decoding_denies_are_trained_on(method, monkeypatch):

@@ -13,7 +13,12 @@ from lamini_jax.data.facts import Fact
 def recalled(model: FrozenModel, adapter_fn: AdapterFn, facts: Sequence[Fact]) -> tuple[np.ndarray, list[str]]:
     """Which facts greedy decoding returns exactly, and what it returns."""
     generated = answering.answers(model, adapter_fn, [fact.question for fact in facts])
-    return np.array([text == fact.answer for text, fact in zip(generated, facts, strict=True)]), generated
+    return exact(generated, facts), generated
+
+
+def exact(generated: Sequence[str], facts: Sequence[Fact]) -> np.ndarray:
+    """Which facts these answers state, to the character."""
+    return np.array([text == fact.answer for text, fact in zip(generated, facts, strict=True)])
 
 
 def accuracy(model: FrozenModel, adapter_fn: AdapterFn, qas: Sequence) -> list[bool]:

@@ -54,15 +54,17 @@ class Checkpoints:
         _quieten_storage()
         self._directory = directory
         self._path = directory if paths.is_remote(directory) else _without_pattern(directory.absolute())
+        # Not compressed: trained floats hardly get smaller, and compressing them took most of a save's time and memory.
+        handlers = {"tree": ocp.PyTreeCheckpointHandler(use_compression=False), "record": ocp.JsonCheckpointHandler()}
         options = ocp.CheckpointManagerOptions(max_to_keep=2, create=True)
-        self._manager = ocp.CheckpointManager(self._path, options=options)
+        self._manager = ocp.CheckpointManager(self._path, options=options, item_handlers=handlers)
         self._saved_at, self._cost = time.monotonic() if patient else -math.inf, 0.0
 
     def save(self, step: int, tables: dict[str, Any], arrays: dict[str, Any], record: dict[str, Any]) -> None:
         """Saves, once per step; the checkpoint counts when this returns. Raises UserError if it fails (a full disk)."""
         started = time.monotonic()
         tree = {"tables": {name: jax.tree.leaves(table) for name, table in tables.items()}, "arrays": arrays}
-        arguments = ocp.args.Composite(tree=ocp.args.StandardSave(tree), record=ocp.args.JsonSave(record))
+        arguments = ocp.args.Composite(tree=ocp.args.PyTreeSave(tree), record=ocp.args.JsonSave(record))
         with self._saving():
             if step == self.latest_step():
                 return
@@ -104,13 +106,14 @@ class Checkpoints:
             return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding.sharding_of(names, leaf.shape))
 
         try:
-            tree = ocp.StandardCheckpointer().metadata(self._path / str(step) / "tree").item_metadata
+            tree = ocp.PyTreeCheckpointer().metadata(self._path / str(step) / "tree").item_metadata
             if tree is None:
                 raise ValueError("the list of its arrays is damaged")
             target = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), tree)
             target = {**target, "tables": jax.tree.map(described, tree["tables"])}
-            arguments = ocp.args.Composite(tree=ocp.args.StandardRestore(target), record=ocp.args.JsonRestore())
-            restored = self._manager.restore(step, args=arguments)
+            like = ocp.checkpoint_utils.construct_restore_args(target)
+            wanted = {"tree": ocp.args.PyTreeRestore(target, restore_args=like), "record": ocp.args.JsonRestore()}
+            restored = self._manager.restore(step, args=ocp.args.Composite(**wanted))
         except (OSError, ValueError, KeyError) as error:
             reason = paths.failure(error)
             said = f"({reason})" if reason else f"({str(error).splitlines()[0]}); remove it"

@@ -35,6 +35,7 @@ class Progress:
     lost: int = 0  # times that a check found a fact no longer certified, because others have trained its experts
     steps: int = 0
     batches: int = 0  # trained in the current epoch; 0: between two epochs
+    generated: list[str] | None = None  # what decoding returned for every fact, if nothing was trained since; not saved
 
     @property
     def epoch(self) -> int:
@@ -43,6 +44,7 @@ class Progress:
     def save(self) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
         """Its arrays, and the rest, which is kept as JSON."""
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        del fields["generated"]
         return {name: fields.pop(name) for name in _PER_FACT}, fields
 
 
@@ -58,8 +60,8 @@ def epochs(
     """Trains from `progress` on until the budget of epochs is spent; yields after every step and epoch.
 
     Within an epoch `progress.batches` says how many of its steps are done; after it, it is 0. A caller that stops early
-    closes the generator, and may continue later from the state and the progress that were yielded last. At the end,
-    facts are checked, and state and progress are yielded once more.
+    closes the generator, and may continue later from the state and the progress that were yielded last. At the end, all
+    facts have been checked, and state and progress are yielded once more.
 
     With `until_all_hold`, certified facts are skipped, all are checked every few epochs, and training ends as soon as
     every fact is certified and recalled by decoding.
@@ -68,7 +70,8 @@ def epochs(
     while progress.epoch < method.config.tuning.epochs:
         started = time.perf_counter()
         if until_all_hold and progress.batches == 0 and not _choose_active(method, state, progress, threshold):
-            break
+            yield state, progress
+            return
         with contextlib.closing(_steps(method, state, progress)) as steps:
             for state in steps:
                 if progress.batches:
@@ -77,7 +80,7 @@ def epochs(
         progress.certified.append(int((progress.worst_F < threshold).sum()))
         progress.loss.append(float(progress.total_F.sum(dtype=np.float64) / method.data.answer_tokens))
         first_time = not until_all_hold and progress.full_recall is None and progress.likeliest_F.all()
-        if first_time and recall.recalled(*method.adapter(state), method.facts)[0].all():
+        if first_time and _ask(method, state, progress).all():
             progress.full_recall = progress.epoch
         yield state, progress
     check(method, state, progress)
@@ -105,7 +108,7 @@ def _choose_active(method: TrainMethod, state: Any, progress: Progress, threshol
     if progress.epoch % CHECK_EVERY == 0 or (progress.worst_F < threshold).all():
         check(method, state, progress)
     if (progress.worst_F < threshold).all():
-        recalled_F, _ = recall.recalled(*method.adapter(state), method.facts)
+        recalled_F = _ask(method, state, progress)
         if recalled_F.all():
             return False
         progress.worst_F[~recalled_F] = np.inf
@@ -113,12 +116,18 @@ def _choose_active(method: TrainMethod, state: Any, progress: Progress, threshol
     return True
 
 
+def _ask(method: TrainMethod, state: Any, progress: Progress) -> np.ndarray:
+    """Which facts decoding returns; the progress keeps what it returned."""
+    recalled_F, progress.generated = recall.recalled(*method.adapter(state), method.facts)
+    return recalled_F
+
+
 def _steps(method: TrainMethod, state: Any, progress: Progress) -> Iterator[Any]:
     """The remaining steps of the current epoch; the progress has their losses when this generator ends or is closed.
 
     A fact's losses are those from before its step. They are read from the devices only then, so that no step waits.
     """
-    config, pending = method.config, []
+    config, pending, progress.generated = method.config, [], None
     examples, buckets = method.data.examples, method.data.buckets
     order = batches.epoch_batches(examples, config.tuning.batch_size, config.seed, progress.epoch, progress.active_F)
     try:

@@ -12,6 +12,7 @@ from lamini_jax.backbone.frozen_model import FrozenModel
 from lamini_jax.config import Config, certified_loss
 from lamini_jax.data.facts import Fact
 from lamini_jax.errors import OTHER_RUN, PREEMPTED, UserError
+from lamini_jax.evaluation import recall
 from lamini_jax.memory import routers
 from lamini_jax.memory.routers import FactSelection, Router
 from lamini_jax.runtime import checkpointing, processes
@@ -32,6 +33,13 @@ class Tuned:
     adapter_fn: AdapterFn
     certified_F: np.ndarray  # which facts are certified, by the losses measured last
     expert_ids_FK: np.ndarray | None = None  # of memory tuning
+
+    def recalled(self) -> tuple[np.ndarray, list[str]]:
+        """Which facts decoding returns, and what it returns; asked only if training did not end with asking them."""
+        generated = self.progress.generated
+        if generated is None:
+            return recall.recalled(self.model, self.adapter_fn, self.facts)
+        return recall.exact(generated, self.facts), generated
 
 
 class Run:
