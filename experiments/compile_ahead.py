@@ -95,21 +95,20 @@ _COLLECTIVE = re.compile(
 def collectives(text: str) -> list[dict]:
     """The collectives of a compiled program: kind, bytes that each leaves on a device, and how many there are.
 
-    One that is split into pieces, to run at the same time as other work, is counted once, by its channel.
+    One that is split into pieces, to run at the same time as other work, is counted once.
     """
-    found, channels = collections.Counter(), set()
+    found, seen = collections.Counter(), set()
     for line in text.splitlines():
         match = _COLLECTIVE.search(line)
         if not match:
             continue
-        channel = re.search(r"channel_id=(\d+)", line)
-        if channel and (match["op"], channel[1]) in channels:
+        # What is sent inside of shard_map has the same channel throughout, but not the same name and shape.
+        shapes = re.findall(r"\b([a-z]\w*\d|pred)\[([\d,]*)\]", match["type"])
+        one = match["op"], *re.findall(r'channel_id=\d+|op_name="[^"]*"', line), *shapes
+        if "channel_id" in line and one in seen:
             continue
-        channels.add((match["op"], channel and channel[1]))
-        sizes = [
-            math.prod(int(n) for n in dims.split(",") if n) * _WIDTHS.get(dtype, 4)
-            for dtype, dims in re.findall(r"\b([a-z]\w*\d|pred)\[([\d,]*)\]", match["type"])
-        ]
+        seen.add(one)
+        sizes = [math.prod(int(n) for n in dims.split(",") if n) * _WIDTHS.get(dtype, 4) for dtype, dims in shapes]
         whole = match["type"].startswith("(") and not line.count(f"{match['op']}-start(")
         found[match["op"], sum(sizes) if whole else max(sizes)] += 1
     return [{"op": op, "bytes": size, "count": count} for (op, size), count in sorted(found.items())]

@@ -8,6 +8,7 @@ import pytest
 
 from lamini_jax.config import OptimizerConfig
 from lamini_jax.memory.experts import ExpertShape
+from lamini_jax.memory.slots import Most
 from lamini_jax.training import optimizers, row_optimizer
 
 SHAPE = ExpertShape(layers=2, input_width=5, output_width=3)
@@ -28,7 +29,7 @@ def start(tx, rows):
 def update(tx, experts_NR, slots, slots_U, gradients):
     """A step of one fact that selected these slots."""
     gradients_BKR = helpers.parts(gradients[None], SHAPE)
-    step = jax.jit(lambda *arguments: row_optimizer.update(tx, *arguments, SHAPE, NUM_SLOTS))
+    step = jax.jit(lambda *arguments: row_optimizer.update(tx, *arguments, SHAPE, Most(NUM_SLOTS, NUM_SLOTS)))
     return step(experts_NR, slots, np.array([slots_U], np.int32), gradients_BKR)
 
 

@@ -31,7 +31,7 @@ def test_what_has_no_expert_has_no_slot():
 def test_a_batch_touches_the_slots_of_its_facts():
     """No more than it selects, whatever its facts; a fact that has no slot touches none."""
     slots_FK = np.array([[0, 1, 2], [1, 3, EMPTY_SLOT], [EMPTY_SLOT] * 3])
-    assert [slots.max_slots_per_batch(slots_FK, 64, batch_size) for batch_size in (1, 2, 3)] == [3, 5, 5]
+    assert [slots.most_of_any_batch(slots_FK, 64, size) for size in (1, 2, 3)] == [(3, 3), (5, 5), (5, 5)]
 
 
 def test_what_is_written_is_read():

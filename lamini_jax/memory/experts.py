@@ -104,9 +104,9 @@ def _fresh(shard: sharded_tables.Shard, seed, expert_ids_s, shape: ExpertShape, 
     return {"down": down, "up": jnp.zeros((expert_ids_s.shape[0], shape.layers, columns["up"]), dtype)}
 
 
-def gather(experts_NR, expert_ids_BX):
-    """The rows of some experts; zeros for ids that are out of range."""
-    return sharded_tables.gather_rows(experts_NR, expert_ids_BX, AXES)
+def gather(experts_NR, expert_ids_BX, most: int | None = None):
+    """The rows of some experts; zeros for ids that are out of range. `most` is that of `sharded_tables.exchange`."""
+    return sharded_tables.gather_rows(experts_NR, expert_ids_BX, AXES, most)
 
 
 def gather_trained(expert_ids_S, experts_SR, expert_ids_BK):

@@ -5,6 +5,7 @@ what a checkpoint saves, what serving needs) has S slots instead of N rows. On a
 """
 
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -44,11 +45,20 @@ def find_slots(expert_ids_S: np.ndarray, expert_ids_X: np.ndarray) -> np.ndarray
     return np.where(found_X, slots_X, EMPTY_SLOT).astype(np.int32)
 
 
-def max_slots_per_batch(slots_FK: np.ndarray, num_slots: int, batch_size: int) -> int:
-    """The most slots of one shard that any batch of `batch_size` facts can touch."""
-    owner_FK = slots_FK // (num_slots // sharding.num_shards("experts"))
-    per_shard_F = np.stack([(owner_FK == shard).sum(axis=1) for shard in range(sharding.num_shards("experts"))])
-    return int(np.sort(per_shard_F, axis=1)[:, -batch_size:].sum(axis=1).max())
+class Most(NamedTuple):
+    """What no batch of some facts exceeds."""
+
+    touched: int  # slots of one shard that it touches
+    asked: int  # slots of one shard that one part of it selects
+
+
+def most_of_any_batch(slots_FK: np.ndarray, num_slots: int, batch_size: int) -> Most:
+    """The most that any batch of `batch_size` facts, one part of which each shard has, can need of one shard."""
+    shards = sharding.num_shards("experts")
+    owner_FK = slots_FK // (num_slots // shards)
+    by_shard_HF = np.sort(np.stack([(owner_FK == shard).sum(axis=1) for shard in range(shards)]), axis=1)
+    part = sharding.round_up(batch_size, "batch") // sharding.num_shards("batch")
+    return Most(*(int(by_shard_HF[:, -facts:].sum(axis=1).max()) for facts in (batch_size, part)))
 
 
 def table_axes(tables, shape: ExpertShape):
@@ -97,15 +107,11 @@ def permute_slots(tables: list[jax.Array], old_ids_S: np.ndarray, new_ids_S: np.
 
 @functools.partial(jax.jit, static_argnames="names")
 def _rows(tables, rows_X, names):
-    """Some rows of tables. They are sent as integers: the sum with zeros that sends them would lose a zero's sign."""
+    """Some rows of tables that the shards need not divide, bit for bit: a sum would lose a zero's sign."""
 
-    def bits(table):
+    def padded(table):
         missing = sharding.round_up(table.shape[0], "experts") - table.shape[0]
-        table = jnp.pad(table, [(0, missing), *[(0, 0)] * (table.ndim - 1)])
-        return jax.lax.bitcast_convert_type(table, f"uint{8 * table.dtype.itemsize}").astype(jnp.uint32)
+        return jnp.pad(table, [(0, missing), *[(0, 0)] * (table.ndim - 1)])
 
-    rows = sharded_tables.gather_rows(tuple(map(bits, tables)), rows_X, names)
-    return tuple(
-        jax.lax.bitcast_convert_type(row.astype(f"uint{8 * table.dtype.itemsize}"), table.dtype)
-        for row, table in zip(rows, tables, strict=True)
-    )
+    most = rows_X.size // sharding.num_shards("batch")
+    return sharded_tables.gather_rows(tuple(map(padded, tables)), rows_X, names, most)

@@ -57,16 +57,72 @@ def on_shards(function: Callable, in_axes: Any, out_axes: Any) -> Callable:
     return jax.shard_map(local, in_specs=specs(in_axes), out_specs=specs(out_axes), check_vma=False)
 
 
-def gather_rows(tables, index_BX, axes: Any):
+class Exchange(NamedTuple):
+    """The way from a part of a batch to the shards of a table and back: X rows of the part, Y of what a shard is sent.
+
+    A part asks each shard for at most `most` rows, so that what travels is proportional to that.
+    """
+
+    shard: Shard
+    most: int
+    places_X: Any  # of the part's rows among those that it sends, `most` to each shard; out of range for no shard's
+
+    def send(self, x_X, fill):
+        """x_Y: what this shard is sent, in the order of the batch, with `fill` between the parts."""
+        if not self.shard.sharded:
+            return x_X
+        x_Y = jnp.full((self._length(), *x_X.shape[1:]), fill, x_X.dtype)
+        return self._swap(x_Y.at[self.places_X].set(x_X, mode="drop"))
+
+    def fetch(self, x_Y):
+        """x_X: what each of the part's rows got from its shard; zeros for no shard's."""
+        if not self.shard.sharded:
+            return x_Y
+        return self._swap(x_Y).at[self.places_X].get(mode="fill", fill_value=0)
+
+    def _length(self) -> int:
+        return self.most * sharding.num_shards("batch")
+
+    def _swap(self, x_Y):
+        return jax.lax.all_to_all(x_Y, "data", split_axis=0, concat_axis=0, tiled=True)
+
+
+def exchange(shard: Shard, ids_X, rows: int, most: int) -> tuple[Exchange, Any]:
+    """The exchange for these ids of a table that has `rows` rows in each shard, and rows_Y: those that are asked for.
+
+    A row of `rows`, which is out of range, stands for none. No part may ask a shard for more than `most` rows.
+    """
+    shards = sharding.num_shards("batch") if shard.sharded else 1
+    known_X = (ids_X >= 0) & (ids_X < rows * shards)
+    rows_X = jnp.where(known_X, ids_X % rows, rows)
+    if not shard.sharded:
+        return Exchange(shard, ids_X.size, None), rows_X
+    owner_XH = (ids_X // rows)[:, None] == jnp.arange(shards)[None]
+    before_X = jnp.sum(jnp.cumsum(owner_XH, axis=0) * owner_XH, axis=1) - 1
+    found = Exchange(shard, most, jnp.where(known_X, ids_X // rows * most + before_X, shards * most))
+    return found, found.send(rows_X, rows)
+
+
+def gather_rows(tables, index_BX, axes: Any, most: int | None = None):
     """Rows of tables that are divided over `data`, for each index of a batch; zeros for what is out of range.
 
-    Each shard looks up its own rows and sends every shard of the batch those that it needs: traffic is proportional to
-    the batch. `axes` are those of the tables, a pytree prefix.
+    Each shard sends every part of the batch the rows that it needs. `axes` are those of the tables, a pytree prefix.
+    With `most`, as in `exchange`, traffic is proportional to that; without, to the batch.
     """
     count = index_BX.shape[0]
-    index_BX = jnp.pad(index_BX, [(0, sharding.round_up(count, "batch") - count), *[(0, 0)] * (index_BX.ndim - 1)])
+    padding = [(0, sharding.round_up(count, "batch") - count), *[(0, 0)] * (index_BX.ndim - 1)]
+    index_BX = jnp.pad(index_BX, padding, constant_values=-1)
 
-    def local(shard, tables, index_bX):
+    def exchanged(shard, tables, index_bX):
+        found, rows_Y = exchange(shard, index_bX.reshape(-1), jax.tree.leaves(tables)[0].shape[0], most)
+
+        def rows(table):
+            rows_X = found.fetch(table.at[rows_Y].get(mode="fill", fill_value=0))
+            return rows_X.reshape(*index_bX.shape, *table.shape[1:])
+
+        return jax.tree.map(rows, tables)
+
+    def summed(shard, tables, index_bX):
         index_BX = shard.all_gather(index_bX)
 
         def rows(table):
@@ -76,7 +132,7 @@ def gather_rows(tables, index_BX, axes: Any):
 
     batch = ("batch",) + (None,) * (index_BX.ndim - 1)
     out_axes = jax.tree.map(lambda names: batch + names[1:], axes, is_leaf=_is_names)
-    rows = on_shards(local, (axes, batch), out_axes)(tables, index_BX)
+    rows = on_shards(exchanged if most else summed, (axes, batch), out_axes)(tables, index_BX)
     return jax.tree.map(lambda x: x[:count], rows)
 
 

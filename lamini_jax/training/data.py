@@ -46,8 +46,12 @@ class DeviceFacts:
         taken = sharded_tables.gather_rows(self, index_B, self.axes())
         if self.selected is None:
             return taken
-        slots_BK = jnp.where(index_B[:, None] >= 0, taken.selected.slots_FK, EMPTY_SLOT)
-        return taken.replace(selected=taken.selected._replace(slots_FK=slots_BK))
+
+        def only_facts(numbers_BK):
+            return jnp.where(index_B[:, None] >= 0, numbers_BK, EMPTY_SLOT)
+
+        ids_BK, gates_BK, slots_BK = taken.selected
+        return taken.replace(selected=FactExperts(only_facts(ids_BK), gates_BK, only_facts(slots_BK)))
 
     def batch(self, index_B: np.ndarray) -> tuple["DeviceFacts", np.ndarray]:
         """Facts on the devices that include those at `index_B`, and their indices there: here all facts as they are."""

@@ -18,6 +18,7 @@ from lamini_jax.data.facts import Fact
 from lamini_jax.memory import experts, routers, slots, storage
 from lamini_jax.memory.experts import ExpertShape
 from lamini_jax.memory.routers import FactSelection
+from lamini_jax.memory.slots import Most
 from lamini_jax.runtime import checkpointing, sharding
 from lamini_jax.training import data, optimizers, row_optimizer
 from lamini_jax.training.data import DeviceFacts, FactExperts, TrainingData
@@ -66,11 +67,11 @@ class MemoryMethod:
         every_XK = np.concatenate([each.expert_ids_FK for each in (selection, *later)])
         expert_ids_S = slots.assign_slots(every_XK, config.memory.num_experts)
         slots_XK = slots.find_slots(expert_ids_S, every_XK)
-        max_slots = slots.max_slots_per_batch(slots_XK, expert_ids_S.size, config.tuning.batch_size)
+        most = slots.most_of_any_batch(slots_XK, expert_ids_S.size, config.tuning.batch_size)
         if padding.few:
-            max_slots = 1 << (max_slots - 1).bit_length()
+            most = slots.Most(*(1 << (number - 1).bit_length() for number in most))
         tx = optimizers.make(config.tuning.optimizer, data.num_steps(examples, config.tuning))
-        step, losses = programs(shape, config.memory.target, tx, max_slots)
+        step, losses = programs(shape, config.memory.target, tx, most)
         on_answers, budget = config.memory.positions == "answer", 1e9 * config.execution.cache_gb
         read = data.of_activations(model, examples, config.tuning.batch_size, on_answers, budget)
         method = cls(config, model, facts, read, selection, shape, expert_ids_S, tx, step, losses)
@@ -128,17 +129,17 @@ class MemoryMethod:
 
 
 @functools.lru_cache(maxsize=16)
-def programs(shape: ExpertShape, target: str, tx, max_slots: int) -> tuple[Callable, Callable]:
+def programs(shape: ExpertShape, target: str, tx, most: Most) -> tuple[Callable, Callable]:
     """`step` and `losses` of a `TrainMethod`.
 
-    Experts are gathered before differentiation, so that no gradient has size N. `max_slots` is
-    `slots.max_slots_per_batch` of the facts and the batch size.
+    Experts are gathered before differentiation, so that no gradient has size N. `most` is `slots.most_of_any_batch` of
+    the facts and the batch size.
     """
 
     def gather(state: MemoryState, facts: DeviceFacts, index_B):
         with jax.named_scope("gather"):
             batch = facts.take(index_B)
-            return batch, experts.gather(state.experts_NR, batch.selected.expert_ids_FK)
+            return batch, experts.gather(state.experts_NR, batch.selected.expert_ids_FK, most.asked)
 
     def forward(model, rows_BKR, batch: DeviceFacts):
         adapter = experts.adapter(rows_BKR, batch.selected.gates_FK, target)
@@ -155,7 +156,7 @@ def programs(shape: ExpertShape, target: str, tx, max_slots: int) -> tuple[Calla
         gradients_BKR, losses = jax.grad(objective, has_aux=True)(rows_BKR)
         with jax.named_scope("optimizer"):
             slots_BK = batch.selected.slots_FK
-            updated = row_optimizer.update(tx, state.experts_NR, state.slots, slots_BK, gradients_BKR, shape, max_slots)
+            updated = row_optimizer.update(tx, state.experts_NR, state.slots, slots_BK, gradients_BKR, shape, most)
         return MemoryState(*updated), losses
 
     @jax.jit
@@ -170,14 +171,15 @@ def describe(config: Config, tokens: int, answer_tokens: int) -> tuple[Callable,
     """The step, and its state and facts as shapes on the current mesh, to compile it without any arrays.
 
     Each fact has `tokens` tokens, `answer_tokens` of them in the answer; no two facts share an expert, if there are
-    enough. One shard has at most three times the average number of a batch's experts.
+    enough. One shard has at most three times the average number of a batch's experts, and of a part's.
     """
     memory, shape = config.memory, experts.expert_shape(config.backbone, config.memory)
     num_facts = sharding.round_up(config.data.count, "facts")
     num_experts = sharding.round_up(memory.num_experts, "experts")
     num_slots = min(num_facts * memory.top_k, num_experts)
     batch = sharding.round_up(config.tuning.batch_size, "batch")
-    max_slots = 3 * batch * memory.top_k // sharding.num_shards("experts")
+    selected = batch * memory.top_k // sharding.num_shards("experts")
+    most = slots.Most(3 * selected, -(-3 * selected // sharding.num_shards("batch")))
     tx = optimizers.make(config.tuning.optimizer, config.tuning.epochs * -(-num_facts // batch))
 
     def described(leaf, axes):
@@ -196,10 +198,10 @@ def describe(config: Config, tokens: int, answer_tokens: int) -> tuple[Callable,
     inputs = data.input_shapes(config, num_facts, tokens, answer_tokens)
     inputs = jax.tree.map(described, inputs, data.input_axes(inputs))
     targets_FA = array((num_facts, answer_tokens), np.int32, "facts", None)
-    selected = FactExperts(ids_FK, gates_FK, ids_FK)
+    chosen = FactExperts(ids_FK, gates_FK, ids_FK)
     most_tokens = batch // sharding.num_shards("batch") * answer_tokens
-    facts = DeviceFacts(inputs, per_fact, per_fact, targets_FA, selected, most_tokens)
-    step, _ = programs(shape, memory.target, tx, max_slots)
+    facts = DeviceFacts(inputs, per_fact, per_fact, targets_FA, chosen, most_tokens)
+    step, _ = programs(shape, memory.target, tx, most)
     return step, MemoryState(experts_NR, optimizer), facts
 
 

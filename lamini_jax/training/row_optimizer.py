@@ -14,7 +14,7 @@ import optax
 
 from lamini_jax.memory import experts, slots
 from lamini_jax.memory.experts import ExpertShape
-from lamini_jax.memory.slots import EMPTY_SLOT
+from lamini_jax.memory.slots import EMPTY_SLOT, Most
 from lamini_jax.runtime import sharded_tables, sharding
 
 
@@ -39,26 +39,26 @@ def init(tx: optax.GradientTransformation, expert_ids_S, shape: ExpertShape) -> 
     return Slots(sharding.constrain(expert_ids_S, *slots.AXES), state)
 
 
-def update(tx, experts_NR, selected: Slots, slots_BK, gradients_BKR, shape: ExpertShape, touched: int):
+def update(tx, experts_NR, selected: Slots, slots_BK, gradients_BKR, shape: ExpertShape, most: Most):
     """One step of the rows at `slots_BK` (EMPTY_SLOT is skipped), on whichever devices: the new rows and new slots.
 
-    The gradients of an expert that several facts selected are summed. U is the slots of a batch in a shard, of which
-    there are at most `touched`.
+    The gradients of an expert that several facts selected are summed. Y is what a shard is asked for, U its slots in
+    this batch.
     """
     state_axes, batch = slots.table_axes(selected.state, shape), ("batch", None)
     gradient_axes = ("batch", None, None, "columns")
 
     def fetch(shard, experts_NR, ids_S, state, slots_bK, gradients_bKR):
-        slots_X = shard.local_rows(shard.all_gather(slots_bK).reshape(-1), ids_S.size)
-        # One more, for the slots of other shards.
-        size = min(touched + 1, slots_X.size)
-        slots_U, inverse_X = jnp.unique(slots_X, size=size, fill_value=ids_S.size, return_inverse=True)
+        found, slots_Y = sharded_tables.exchange(shard, slots_bK.reshape(-1), ids_S.size, most.asked)
+        size = min(most.touched + 1, slots_Y.size)  # one more, for no slot
+        slots_U, inverse_Y = jnp.unique(slots_Y, size=size, fill_value=ids_S.size, return_inverse=True)
         ids_U = ids_S.at[slots_U].get(mode="fill", fill_value=EMPTY_SLOT)
 
         def total(gradient_bKMI):
-            gradient_BKMI = shard.all_gather(gradient_bKMI)
-            gradient_XMI = gradient_BKMI.reshape(-1, *gradient_BKMI.shape[2:]).astype(jnp.float32)
-            return jax.ops.segment_sum(gradient_XMI, inverse_X.reshape(-1), num_segments=slots_U.size)
+            gradient_YMI = found.send(gradient_bKMI.reshape(-1, *gradient_bKMI.shape[2:]), 0)
+            return jax.ops.segment_sum(
+                gradient_YMI.astype(jnp.float32), inverse_Y.reshape(-1), num_segments=slots_U.size
+            )
 
         rows_U = shard.local_rows(ids_U, experts_NR["down"].shape[0])
         experts_UR = jax.tree.map(lambda x: x.at[rows_U].get(mode="clip").astype(jnp.float32), experts_NR)

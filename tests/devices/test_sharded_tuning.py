@@ -12,10 +12,11 @@ from jax.sharding import AxisType
 from experiments.compile_ahead import collectives
 from lamini_jax.backbone import answering, frozen_model
 from lamini_jax.config import MeshConfig, certified_loss
+from lamini_jax.data.facts import Fact
 from lamini_jax.errors import DEVICES, UserError
 from lamini_jax.memory import experts, routers
 from lamini_jax.memory.routers import experts as expert_router
-from lamini_jax.runtime import sharding
+from lamini_jax.runtime import sharded_tables, sharding
 from lamini_jax.training import FullMethod, LoraMethod, MemoryMethod, loop
 
 MESHES = [(1, 8), (2, 4), (8, 1)]
@@ -124,6 +125,38 @@ def test_nothing_in_a_step_grows_with_the_experts(mesh):
     assert few and few == many
     few, many = temporary.values()
     assert many <= 1.01 * few
+
+
+@pytest.mark.parametrize("mesh", MESHES)
+@pytest.mark.parametrize("spread", [1, 97])
+def test_rows_that_shards_exchange(mesh, spread):
+    """Bit for bit those of the table, if all are of one shard, or one twice; zeros for what the table does not have."""
+    table_N = np.random.default_rng(0).normal(size=(800, 3)).astype(np.float32)
+    table_N[5] = -0.0
+    index_BK = np.arange(24 * 5).reshape(24, 5) * spread % 800
+    index_BK[0], index_BK[-1] = [5, 5, -1, 800, 2**31 - 1], -1
+    known_BK = (index_BK >= 0) & (index_BK < 800)
+    expected = np.where(known_BK[..., None], table_N[np.clip(index_BK, 0, 799)], np.float32(0))
+    with sharding.set_mesh(MeshConfig(*mesh)):
+        owner_BK = np.where(known_BK, index_BK // (800 // mesh[0]), mesh[0])
+        most = max(np.bincount(part)[: mesh[0]].max() for part in owner_BK.reshape(mesh[0], -1))
+        gather = jax.jit(sharded_tables.gather_rows, static_argnums=(2, 3))
+        found = gather(sharding.put(table_N, "experts", None), index_BK.astype(np.int32), ("experts", None), int(most))
+    assert helpers.same_bits(found, expected)
+
+
+def test_devices_exchange_what_their_parts_of_a_batch_need():
+    """Rows and their gradients travel once each: less than three times a part's, and not the whole batch's."""
+    config = helpers.replace(CONFIG, memory={"top_k": 32}, tuning={"batch_size": 64})
+    facts = [Fact(str(i), f"What is {i:03}?", "12345") for i in range(256)]
+    with sharding.set_mesh(MeshConfig(8, 1)):
+        model = helpers.make_model(config)
+        method = helpers.make_method(config, model, facts)
+        (bucket,) = method.data.buckets
+        step = method.step.lower(model, method.init(), bucket, np.arange(64, dtype=np.int32)).compile()
+    part = 64 // 8 * 32 * method.shape.floats * 4
+    moved = sum(one["bytes"] * one["count"] for one in collectives(step.as_text()) if one["bytes"] > part / 10)
+    assert 2 * part < moved < 2 * 3 * part
 
 
 @pytest.mark.parametrize("make", [LoraMethod, FullMethod])
