@@ -108,7 +108,7 @@ def test_prefix_and_suffix_make_the_whole():
 def test_split_and_join_are_inverse(memory_layers):
     params = helpers.random_params(UNTIED)
     parts = transformer.split_layers(params, memory_layers)
-    assert parts["suffix_layers"]["q_proj"]["weight"].shape[0] == memory_layers
+    assert len(parts["suffix_layers"]) == memory_layers
     assert helpers.same_bits(transformer.join_layers(parts), params)
 
 

@@ -44,7 +44,11 @@ def optimizer(steps: int) -> optax.GradientTransformation:
     """Muon for the matrices, Adam for the embedding and the norms; warmed up, then cosine to zero."""
 
     def matrices(params):
-        return jax.tree.map(lambda x: MuonDimensionNumbers(1, 2) if x.ndim == 3 else None, params)
+        def dimensions(path, x):  # of the layers' matrices, which may be in a stack
+            in_layers = any(str(key.key).endswith("_layers") for key in path)
+            return MuonDimensionNumbers(x.ndim - 2, x.ndim - 1) if in_layers and path[-1].key == "weight" else None
+
+        return jax.tree_util.tree_map_with_path(dimensions, params)
 
     def schedule(peak):
         return optax.warmup_cosine_decay_schedule(0.0, peak, min(100, steps // 10), steps)
@@ -68,7 +72,7 @@ def train(config: BackboneConfig, tokenizer, batch: int, steps: int, path: Path)
     @jax.jit
     def step(params, state, tokens_BT, weights_BT):
         def mean_loss(params):
-            logits_BTV = decoder.apply({"params": params}, tokens_BT[:, :-1])
+            logits_BTV = transformer.all_logits(decoder, params, tokens_BT[:, :-1])
             losses_BT = optax.softmax_cross_entropy_with_integer_labels(logits_BTV, tokens_BT[:, 1:])
             return jnp.sum(losses_BT * weights_BT[:, 1:]) / jnp.sum(weights_BT[:, 1:])
 

@@ -1,7 +1,8 @@
 """The frozen language model: a Llama-family decoder, split in two where the memory begins.
 
 The **prefix** reads a question without any memory; the **suffix** (the last M layers) may carry an adapter. Parameters
-are plain pytrees, applied by Flax Linen; the prefix's layers are scanned, so that 32 layers compile like one.
+are plain pytrees, applied by Flax Linen. The prefix's layers are a stack and scanned, so 32 compile like one;
+the suffix's are apart, because a slice of a stack would be copied in every step.
 
 Letters: B sequences, T tokens, P positions of a cache, D width, H heads, G key-value heads, W head width, V vocabulary.
 """
@@ -193,7 +194,7 @@ class Decoder(nn.Module):
             return contract("BTD,VD->BTV", hidden_BTD, self.embedding, self.config.dtype)
         return self.unembedding(hidden_BTD)
 
-    def __call__(self, tokens_BT):
+    def __call__(self, tokens_BT):  # for `init`: it uses every parameter
         positions_BT, mask_BTP = _positions(self.config, tokens_BT)
         hidden_BTD, _ = self.prefix(tokens_BT, positions_BT, mask_BTP)
         hidden_BTD, _ = self.suffix_layers(hidden_BTD, positions_BT, mask_BTP, None, NOTHING)
@@ -226,7 +227,14 @@ def _mask(config: BackboneConfig, slots_B1P, positions_BT):
 
 def init(decoder: Decoder, key: jax.Array) -> Params:
     """Random parameters, split as `decoder` is."""
-    return decoder.init(key, jnp.zeros((1, 1), jnp.int32))["params"]
+    params = dict(decoder.init(key, jnp.zeros((1, 1), jnp.int32))["params"])
+    return {**params, "suffix_layers": _apart(params["suffix_layers"])}
+
+
+def _apart(stack: Params) -> Params:
+    """The layers of a stack, by their numbers."""
+    count = jax.tree.leaves(stack)[0].shape[0]
+    return {str(layer): jax.tree.map(lambda x, layer=layer: x[layer], stack) for layer in range(count)}
 
 
 def axes(config: BackboneConfig, params: Params) -> Any:
@@ -284,14 +292,14 @@ def suffix(
     arguments = _positions(decoder.config, hidden_BTD, positions_BT, known)
     block, caches = Block(decoder.config), []
     for layer in range(decoder.memory_layers):
-        own = jax.tree.map(lambda x, layer=layer: x[layer], (params["suffix_layers"], adapter, known))
+        own = jax.tree.map(lambda x, layer=layer: x[layer], (adapter, known))
         last = at_BA if layer == decoder.memory_layers - 1 else None
 
-        def apply(hidden_BTD, own, last=last):
-            weights, *rest = own
-            return block.apply({"params": weights}, hidden_BTD, *arguments, *rest, last)
+        def apply(hidden_BTD, weights, own, last=last):
+            return block.apply({"params": weights}, hidden_BTD, *arguments, *own, last)
 
-        hidden_BTD, written = (jax.checkpoint(apply) if decoder.remat else apply)(hidden_BTD, own)
+        apply = jax.checkpoint(apply) if decoder.remat else apply
+        hidden_BTD, written = apply(hidden_BTD, params["suffix_layers"][str(layer)], own)
         caches.append(written)
     hidden_BTD = RMSNorm(decoder.config.norm_eps).apply({"params": params["final_norm"]}, hidden_BTD)
     return hidden_BTD, jax.tree.map(lambda *layers: jnp.stack(layers), *caches)
@@ -343,33 +351,39 @@ def step(
     step takes no longer than its sequences need.
     """
     hidden_B1D = decoder.apply({"params": params}, tokens_B[:, None], method="embed")
-    layers = params["prefix_layers"], params["suffix_layers"]
-    parts = zip(layers, adapters, rooms, strict=True)
-    read = []
-    for part in parts:
-        hidden_B1D, room = _step_part(decoder.config, part, hidden_B1D, positions_B, reach)
-        read.append(room)
-    norm = RMSNorm(decoder.config.norm_eps)
-    return norm.apply({"params": params["final_norm"]}, hidden_B1D), tuple(read)
+    positions_B1, block = positions_B[:, None], Block(decoder.config)
+    mask_B1P = _mask(decoder.config, jnp.arange(reach)[None, None], positions_B1)
 
+    def apply(hidden_B1D, weights, adapter, room, layer):
+        # By its index, so that what is not read is not copied either.
+        def read(x_LSGPW):
+            _, _, G, _, W = x_LSGPW.shape
+            return jax.lax.dynamic_slice(x_LSGPW, (layer, 0, 0, 0, 0), (1, tokens_B.size, G, reach, W))[0]
 
-def _step_part(config: BackboneConfig, part, hidden_B1D, positions_B, reach: int):
-    """`step` through one part: its layers, their adapter, and its room."""
-    *stacks, room = part
-    rows_B, positions_B1, (_, _, G, _, W) = jnp.arange(hidden_B1D.shape[0]), positions_B[:, None], room["keys"].shape
-    mask_B1P = _mask(config, jnp.arange(reach)[None, None], positions_B1)
+        known = Known(room=jax.tree.map(read, room))
+        return block.apply({"params": weights}, hidden_B1D, positions_B1, mask_B1P, adapter, known)
 
-    def apply(hidden_B1D, layer):
-        # By their index, so that what is not read is not copied either.
-        weights, added = jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, layer, keepdims=False), stacks)
-        window = (layer, 0, 0, 0, 0), (1, rows_B.size, G, reach, W)
-        own = jax.tree.map(lambda x_LSGPW: jax.lax.dynamic_slice(x_LSGPW, *window)[0], room)
-        return Block(config).apply({"params": weights}, hidden_B1D, positions_B1, mask_B1P, added, Known(room=own))
+    def scanned(hidden_B1D, layer):
+        stacks = params["prefix_layers"], adapters[0]
+        own = jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, layer, keepdims=False), stacks)
+        return apply(hidden_B1D, *own, rooms[0], layer)
 
-    hidden_B1D, new = jax.lax.scan(apply, hidden_B1D, jnp.arange(room["keys"].shape[0]))
-    # The axes that are indexed come first in what is set there: B before the layers.
-    new = jax.tree.map(lambda new_LBG1W: jnp.moveaxis(new_LBG1W[:, :, :, 0], 1, 0), new)
-    return hidden_B1D, jax.tree.map(lambda room, new: room.at[:, rows_B, :, positions_B].set(new), room, new)
+    num_prefix = decoder.config.num_layers - decoder.memory_layers
+    hidden_B1D, prefix_new = jax.lax.scan(scanned, hidden_B1D, jnp.arange(num_prefix))
+    suffix_new = []
+    for layer in range(decoder.memory_layers):
+        adapter = jax.tree.map(lambda x, layer=layer: x[layer], adapters[1])
+        hidden_B1D, new = apply(hidden_B1D, params["suffix_layers"][str(layer)], adapter, rooms[1], layer)
+        suffix_new.append(new)
+    every_new = prefix_new, jax.tree.map(lambda *layers: jnp.stack(layers), *suffix_new)
+
+    def written(room_LSGPW, new_LBG1W):
+        # The axes that are indexed come first in what is set there: B before the layers.
+        new_BLGW = jnp.moveaxis(new_LBG1W[:, :, :, 0], 1, 0)
+        return room_LSGPW.at[:, jnp.arange(tokens_B.size), :, positions_B].set(new_BLGW)
+
+    normed_B1D = RMSNorm(decoder.config.norm_eps).apply({"params": params["final_norm"]}, hidden_B1D)
+    return normed_B1D, jax.tree.map(written, rooms, every_new)
 
 
 def unembed(decoder: Decoder, params: Params, hidden_BTD):
@@ -392,17 +406,24 @@ def split_layers(params: Params, memory_layers: int) -> Params:
     params = dict(params)
     layers = params.pop("layers")
     params["prefix_layers"] = jax.tree.map(lambda x: x[: x.shape[0] - memory_layers], layers)
-    params["suffix_layers"] = jax.tree.map(lambda x: x[x.shape[0] - memory_layers :], layers)
+    params["suffix_layers"] = _apart(jax.tree.map(lambda x: x[x.shape[0] - memory_layers :], layers))
     return params
 
 
 def join_layers(params: Params) -> Params:
     """The inverse of `split_layers`."""
     params = dict(params)
-    parts = params.pop("prefix_layers"), params.pop("suffix_layers")
-    return {**params, "layers": jax.tree.map(lambda a, b: jnp.concatenate([a, b]), *parts)}
+    prefix, apart = params.pop("prefix_layers"), params.pop("suffix_layers")
+    suffix = (apart[str(layer)] for layer in range(len(apart)))
+    return {**params, "layers": jax.tree.map(lambda a, *b: jnp.concatenate([a, jnp.stack(b)]), prefix, *suffix)}
 
 
 def logits(config: BackboneConfig, params: Params, tokens_BT) -> jax.Array:
     """logits_BTV (float32) of the plain model; `params` whole, tokens right-padded."""
-    return Decoder(config, 1).apply({"params": split_layers(params, 1)}, jnp.asarray(tokens_BT))
+    return all_logits(Decoder(config, 1), split_layers(params, 1), jnp.asarray(tokens_BT))
+
+
+def all_logits(decoder: Decoder, params: Params, tokens_BT) -> jax.Array:
+    """The same of parameters that are split."""
+    hidden_BTD, _ = suffix(decoder, params, prefix(decoder, params, tokens_BT)[0])
+    return unembed(decoder, params, hidden_BTD)

@@ -201,5 +201,5 @@ def test_each_device_holds_its_part_alone():
         keys = helpers.random_router(config).keys
     assert {shard.data.shape for shard in experts_NR["down"].addressable_shards} == {(2050, 2, 12)}
     assert {shard.data.shape for shard in keys.addressable_shards} == {(513, 16)}
-    mlp = model.params["suffix_layers"]["gate_proj"]["weight"]
-    assert {shard.data.shape for shard in mlp.addressable_shards} == {(2, 32, 12)}
+    mlp = model.params["suffix_layers"]["0"]["gate_proj"]["weight"]
+    assert {shard.data.shape for shard in mlp.addressable_shards} == {(32, 12)}

@@ -33,9 +33,9 @@ def whole_shapes(config: BackboneConfig) -> Any:
 def parts(config: BackboneConfig, shapes: Any) -> Iterator[tuple[str, int | None, tuple[int, ...]]]:
     """The arguments of `open_tensor` for every tensor that `load` opens."""
     for path, leaf in flatten_dict(shapes).items():
-        name, first = _place(config, path, leaf)
-        if first is None:
-            yield name, None, leaf.shape
+        name, first, stacked = _place(config, path, shapes)
+        if not stacked:
+            yield name, first, leaf.shape
         else:
             yield from ((name, first + row, leaf.shape[1:]) for row in range(leaf.shape[0]))
 
@@ -45,9 +45,11 @@ def load(config: BackboneConfig, shapes: Any, open_tensor: OpenTensor) -> transf
     axes_of, params = flatten_dict(transformer.axes(config, shapes)), {}
     for path, leaf in flatten_dict(shapes).items():
         axes = sharding.divisible_axes(axes_of[path], leaf.shape)
-        name, first = _place(config, path, leaf)
-        if first is None:
-            params[path] = _array(open_tensor(name, None, leaf.shape), leaf.shape, leaf.dtype, axes)
+        name, first, stacked = _place(config, path, shapes)
+        if not stacked:
+            params[path] = _array(open_tensor(name, first, leaf.shape), leaf.shape, leaf.dtype, axes)
+            jax.block_until_ready(params[path])
+            gc.collect(0)
             continue
         stack = sharding.zeros(leaf.shape, leaf.dtype, axes)
         for row in range(leaf.shape[0]):
@@ -70,12 +72,18 @@ def are_equal(first: Any, second: Any) -> bool:
     return all(np.array_equal(first[part], second[part]) for part in parts)
 
 
-def _place(config: BackboneConfig, path: tuple[str, ...], leaf: Any) -> tuple[str, int | None]:
-    """The name of a parameter ("q_proj/weight"), and the first layer of its stack; None: it is in no layer."""
-    part, in_layers, name = "/".join(path).rpartition("layers/")
-    if not in_layers:
-        return name, None
-    return name, config.num_layers - leaf.shape[0] if part == "suffix_" else 0
+def _place(config: BackboneConfig, path: tuple[str, ...], shapes: Any) -> tuple[str, int | None, bool]:
+    """The name of a parameter ("q_proj/weight"), its (first) layer, and whether it is a stack of layers.
+
+    The layer is None for what is in none.
+    """
+    part, *rest = path
+    if part == "suffix_layers":
+        number, *rest = rest
+        return "/".join(rest), config.num_layers - len(shapes[part]) + int(number), False
+    if part in ("prefix_layers", "layers"):
+        return "/".join(rest), 0, True
+    return "/".join(path), None, False
 
 
 def _array(read: ReadPart, shape: tuple[int, ...], dtype, axes: sharding.Names) -> jax.Array:
