@@ -14,25 +14,23 @@ it; `coded` is the number of bits that the model saves in coding the digits, tho
 how the capacities of 2 (arXiv 2404.05405) and 3.6 bits per parameter (arXiv 2505.24832) were measured. The results of
 finished cells are kept, so that more --counts may be added to a finished study.
 
-Takes at most 10 minutes on 2 x86-64 cores (jax 0.10.2); 5,000 facts alone take 68 s and 7.5 GB. With an earlier step,
-three times as slow, 20,000 facts took 14 minutes and 17.7 GB, and the facts/s below were measured. Expect:
+Takes 3 minutes and 6.3 GB on 2 x86-64 cores (jax 0.10.2), of which 5,000 facts take 48 s. Expect:
 
     facts   memory                     load   recall   epochs   facts/s   bits per parameter   coded
-    100     down_proj, 32 of 4,096     0.78   100%         17      17.1               0.0027
-    100     down_proj, 32 of 256       12.5   100%         25      15.8               0.0137
-    100     down_proj, 32 of 64          50   100%         59      10.3               0.0507
-    400     down_proj, 32 of 64         200    85%        100       8.5               0.1723    0.20
-    100     o_proj, 32 of 256          12.5   100%         50      13.7               0.0274
-    100     o_proj, 32 of 64             50    91%        100       8.3               0.0923
-    100     down_proj, 2 of 256        0.78   100%         55      11.6               0.0470
-    100     down_proj, 2 of 64          3.1    84%        100       6.2               0.0757
-    100     down_proj, 2 of 16         12.5    51%        100       2.7               0.1034    0.17
-    100     down_proj, 2 of 4            50     5%        100       0.2               0.0406    0.55
-    100     LoRA of rank 27                   100%         57       4.9               0.0126
-    100     LoRA of rank 2                     95%        100       2.2               0.1622
-    1,000   down_proj, 32 of 2^20     0.031   100%         20      33.0               0.0012
-    5,000   down_proj, 32 of 2^20      0.15   100%         29      34.3               0.0013
-    20,000  down_proj, 32 of 2^20      0.61   100%         32      41.6               0.0017
+    100     down_proj, 32 of 4,096     0.78   100%         17      32.1               0.0028
+    100     down_proj, 32 of 256       12.5   100%         28      32.8               0.0139
+    100     down_proj, 32 of 64          50   100%         98      22.1               0.0507
+    400     down_proj, 32 of 64         200    81%        100      31.9               0.1632    0.19
+    100     o_proj, 32 of 256          12.5   100%         45      30.6               0.0277
+    100     o_proj, 32 of 64             50    99%        100      20.2               0.1004
+    100     down_proj, 2 of 256        0.78   100%         75      27.8               0.0484
+    100     down_proj, 2 of 64          3.1    85%        100      20.6               0.0788
+    100     down_proj, 2 of 16         12.5    50%        100      10.2               0.1081    0.18
+    100     down_proj, 2 of 4            50     4%        100       0.7               0.0324    0.47
+    100     LoRA of rank 27                   100%         64       9.3               0.0126
+    100     LoRA of rank 2                     97%        100       6.0               0.1656
+    1,000   down_proj, 32 of 2^20     0.031   100%         24     137.4               0.0012
+    5,000   down_proj, 32 of 2^20      0.15   100%         23     197.6               0.0013
 """
 
 import dataclasses

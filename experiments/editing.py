@@ -42,6 +42,7 @@ from lamini_jax import Config
 from lamini_jax.backbone import frozen_model
 from lamini_jax.backbone.frozen_model import FrozenModel
 from lamini_jax.config import DataConfig
+from lamini_jax.config import facts as facts_config
 from lamini_jax.runtime import cli, processes
 
 COUNT, COUNT_TINY = 1000, 300  # facts of a set beside a real backbone, and beside the one that ships
@@ -58,9 +59,11 @@ def define_flags() -> None:
 
 
 def editable(config: Config) -> Config:
-    """The config with a memory that facts can be added to: found by an index of facts, acting on answers alone."""
+    """The config if its memory is one of facts, and otherwise with the memory for facts of one's own."""
+    if config.router.kind == "facts":
+        return config
     router = dataclasses.replace(config.router, kind="facts")
-    return dataclasses.replace(config, router=router, memory=dataclasses.replace(config.memory, positions="answer"))
+    return dataclasses.replace(config, router=router, memory=facts_config(config.backbone).memory)
 
 
 def parts(config: Config, model: FrozenModel, living: Living, directory: Path) -> dict[str, Part]:

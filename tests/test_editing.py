@@ -319,7 +319,7 @@ def toy(monkeypatch, model):
 
 def arguments(workdir: Path) -> study.Arguments:
     values = {"counts": ["12"], "sets": [], "facts": None, "batch": 3}
-    config = helpers.replace(helpers.CONFIG, backbone={"max_seq_len": 256})
+    config = helpers.replace(helpers.CONFIG, backbone={"max_seq_len": 256}, router={"kind": "facts"})
     return study.Arguments(config, str(workdir), types.SimpleNamespace(**values), [])
 
 
