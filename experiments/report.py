@@ -11,9 +11,9 @@ made, so that a changed rule needs no new run. --update writes them into other f
 `<!-- verdicts -->` and `<!-- /verdicts -->`. --config and its fields are passed to every experiment. A SIGTERM ends it
 with status 75, and also the experiment that is running; started again, it continues from what that had saved.
 
-Takes 32 minutes and 9.2 GB on 2 x86-64 cores (jax 0.10.2), without `editing`. Expect of the others 33 verdicts: 17
-reproduced, 10 in part, 6 not (one each of `regularization_test`, `selective_loss`, `capacity` and
-`retrieval_comparison`, two of `compute_requirements`), and 12,633 times a certified fact, always recalled.
+Takes 18 minutes on 2 x86-64 cores (jax 0.10.2). Expect 35 verdicts: 18 reproduced, 11 in part, 6 not (one each of
+`regularization_test`, `selective_loss`, `capacity` and `retrieval_comparison`, two of `compute_requirements`), and
+13,882 times a certified fact, always recalled.
 """
 
 import base64
