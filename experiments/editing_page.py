@@ -136,5 +136,5 @@ def draw(results: dict, path: Path) -> None:
         axis.set_xticks([0, 0.1, 0.5, 1, 2, 5, 10, 20], ["0", "0.1", "0.5", "1", "2", "5", "10", "20"])
         axis.grid(alpha=0.3)
     axes[0][0].set_ylabel("% of rephrased questions answered exactly")
-    axes[0][-1].legend(fontsize="small", loc="lower right")
+    axes[0][-1].legend(fontsize="small", loc="center right")
     plotting.save(figure, path)
