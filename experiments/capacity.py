@@ -14,8 +14,8 @@ it; `coded` is the number of bits that the model saves in coding the digits, tho
 how the capacities of 2 (arXiv 2404.05405) and 3.6 bits per parameter (arXiv 2505.24832) were measured. The results of
 finished cells are kept, so that more --counts may be added to a finished study.
 
-Takes 3 minutes and 6.3 GB on 2 x86-64 cores (jax 0.10.2), of which 5,000 facts take 48 s; 100,000 facts alone take 15
-minutes, 15.7 GB, and 21 GB of disk while a checkpoint is written. Expect:
+Takes 3 minutes on 2 x86-64 cores (jax 0.10.2), of which 5,000 facts take 54 s; 100,000 facts alone take 15 minutes,
+15.7 GB, and 21 GB of disk while a checkpoint is written. Expect:
 
     facts   memory                     load   recall   epochs   facts/s   bits per parameter   coded
     100     down_proj, 32 of 4,096     0.78   100%         17      32.1               0.0028

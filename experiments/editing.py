@@ -26,8 +26,8 @@ bit for bit, and so have its answers. At last 200 facts get the answer of anothe
 
 A killed study continues after the last part that was finished, of each set: a batch, a judgement, a rival.
 
-Takes 2 minutes beside the tiny backbone on 2 x86-64 cores (jax 0.10.2), and beside SmolLM2 some 40 minutes a set, half
-of them for full fine-tuning, which fills 12 GB. experiments/README.md has what to expect.
+Takes 2 minutes beside the tiny backbone on 2 x86-64 cores (jax 0.10.2), and beside SmolLM2 took 30 to 60 minutes a set
+while other work ran, 5 to 11 of them for full fine-tuning, which fills 12 GB. experiments/README.md has what to expect.
 """
 
 import dataclasses

@@ -54,7 +54,7 @@ class Checkpoints:
         _quieten_storage()
         self._directory = directory
         self._path = directory if paths.is_remote(directory) else _without_pattern(directory.absolute())
-        # Not compressed: trained floats hardly get smaller, and compressing them took most of a save's time and memory.
+        # Not compressed: trained floats hardly get smaller, and compressing takes most of a save's time and memory.
         handlers = {"tree": ocp.PyTreeCheckpointHandler(use_compression=False), "record": ocp.JsonCheckpointHandler()}
         options = ocp.CheckpointManagerOptions(max_to_keep=2, create=True)
         self._manager = ocp.CheckpointManager(self._path, options=options, item_handlers=handlers)

@@ -171,15 +171,15 @@ def describe(config: Config, tokens: int, answer_tokens: int) -> tuple[Callable,
     """The step, and its state and facts as shapes on the current mesh, to compile it without any arrays.
 
     Each fact has `tokens` tokens, `answer_tokens` of them in the answer; no two facts share an expert, if there are
-    enough. One shard has at most three times the average number of a batch's experts, and of a part's.
+    enough. What a batch needs of one shard is what it needs of experts that are drawn at random.
     """
     memory, shape = config.memory, experts.expert_shape(config.backbone, config.memory)
     num_facts = sharding.round_up(config.data.count, "facts")
     num_experts = sharding.round_up(memory.num_experts, "experts")
     num_slots = min(num_facts * memory.top_k, num_experts)
     batch = sharding.round_up(config.tuning.batch_size, "batch")
-    selected = batch * memory.top_k // sharding.num_shards("experts")
-    most = slots.Most(3 * selected, -(-3 * selected // sharding.num_shards("batch")))
+    drawn_FK = np.random.default_rng(0).integers(num_experts, size=(num_facts, memory.top_k))
+    most = slots.most_of_any_batch(drawn_FK, num_experts, batch)
     tx = optimizers.make(config.tuning.optimizer, config.tuning.epochs * -(-num_facts // batch))
 
     def described(leaf, axes):
