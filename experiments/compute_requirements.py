@@ -28,12 +28,12 @@ from experiments import compute_requirements_arithmetic as arithmetic
 from experiments.compute_requirements_arithmetic import Comparison, Plan, number
 from experiments.shared import flops, plotting, study
 from experiments.shared.claims import Claim
-from experiments.shared.step_timing import FEW_EXPERTS, TURNS, TimedStep, take_turns, with_own_experts
+from experiments.shared.step_timing import FEW_EXPERTS, TURNS, TimedStep, one_length, take_turns, with_own_experts
 from lamini_jax import Fact, UserError
 from lamini_jax.backbone import frozen_model
 from lamini_jax.backbone.frozen_model import FrozenModel
 from lamini_jax.config import LLAMA3_8B, Config, DataConfig, large
-from lamini_jax.data import batches, datasets
+from lamini_jax.data import datasets
 from lamini_jax.runtime import processes
 from lamini_jax.training import FullMethod, LoraMethod
 
@@ -60,7 +60,7 @@ def plan(given: Mapping[str, float | None]) -> Plan:
 
 def timed_steps(config: Config, model: FrozenModel, facts: list[Fact]) -> dict[str, TimedStep]:
     """The step of each method, and that of memory tuning with few experts, on facts of one length."""
-    padding = batches.Padding(model.max_seq_len // 4)
+    padding = one_length(model, facts)
     few = dataclasses.replace(config, memory=dataclasses.replace(config.memory, num_experts=FEW_EXPERTS))
     methods = {
         "full": FullMethod.create(config, model, facts, padding),

@@ -29,7 +29,7 @@ from absl import flags
 from matplotlib.figure import Figure
 
 from experiments import routing_throughput_serving as serving
-from experiments.routing_throughput_peers import PEERS, Search
+from experiments.routing_throughput_peers import PEERS
 from lamini_jax.config import Config, MemoryConfig, MeshConfig
 from lamini_jax.errors import UserError
 from lamini_jax.index import LOOKUPS
@@ -111,9 +111,11 @@ def check(options: Options) -> None:
 
 @dataclasses.dataclass
 class Contender:
-    """One way to look up. `run()` returns its answer when it is done, as arrays whose first is ids_BK."""
+    """One way to look up. `launch()` begins and returns an answer, for which `wait` waits; `ids` makes ids_BK of it."""
 
-    run: Callable
+    launch: Callable[[], Any]
+    wait: Callable[[Any], Any] = jax.block_until_ready
+    ids: Callable[[Any], np.ndarray] = lambda answer: np.asarray(answer[0])
     memory_bytes: int | None = None
     seconds: list[float] = dataclasses.field(default_factory=list)
 
@@ -121,35 +123,40 @@ class Contender:
     def median(self) -> float:
         return statistics.median(self.seconds)
 
+    def run(self, times: int = 1) -> float:
+        """Seconds that one takes of so many, of which each is launched while the one before runs."""
+        started = time.perf_counter()
+        for _ in range(times):
+            answer = self.launch()
+        self.wait(answer)
+        return (time.perf_counter() - started) / times
+
 
 def compiled(function, *arguments) -> Contender:
     """A jitted function of arrays, compiled ahead, with the bytes of its arguments and temporaries."""
     executable = jax.jit(function).lower(*arguments).compile()
     analysis = executable.memory_analysis()
     memory = None if analysis is None else analysis.temp_size_in_bytes + analysis.argument_size_in_bytes
-    return Contender(lambda: jax.block_until_ready(executable(*arguments)), memory)
+    return Contender(lambda: executable(*arguments), memory_bytes=memory)
 
 
 def take_turns(contenders: dict[str, Contender], seconds: float) -> None:
     """Runs all in turn, after one turn that does not count: until each had its seconds, but at least three times.
 
     A quick one runs once before it is timed, so that what the previous one left in the caches, or its threads that
-    still spin, do not count. Several processes take the same turns, by the first one's clock.
+    still spin, do not count; on an accelerator several are launched, because that takes as long as a small lookup.
+    Several processes take the same turns, by the first one's clock.
     """
-    quick = {}
+    quick, times = {}, 1 if jax.default_backend() == "cpu" else 10
     for name, contender in contenders.items():
         contender.run()
-        started = time.perf_counter()
-        contender.run()
-        quick[name] = processes.broadcast(time.perf_counter() - started < seconds)
+        quick[name] = processes.broadcast(contender.run() < seconds)
     begun, turns = time.perf_counter(), 0
     while turns < 3 or processes.broadcast(time.perf_counter() - begun < 2 * seconds * len(contenders)):
         for name, contender in contenders.items():
             if quick[name]:
                 contender.run()
-            started = time.perf_counter()
-            contender.run()
-            contender.seconds.append(time.perf_counter() - started)
+            contender.seconds.append(contender.run(times if quick[name] else 1))
         turns += 1
 
 
@@ -202,7 +209,7 @@ def share_found(ids_BK: np.ndarray, reference_BK: np.ndarray) -> tuple[float, fl
 
 
 def lookups_at(
-    num_experts: int, batch: int, tables: dict, searches: dict[str, Search], bandwidth: float, options: Options
+    num_experts: int, batch: int, tables: dict, searches: dict[str, Callable], bandwidth: float, options: Options
 ) -> Iterator[dict]:
     """Rows for one N and one batch: our lookups, their ceiling, and other libraries' searches, in turns."""
     k = options.top_k
@@ -216,7 +223,7 @@ def lookups_at(
         contenders["matmul_max"] = compiled(matmul_max, tables[flat[0]], query_BC)
     query = np.asarray(query_BC, np.float32)
     for name, search in searches.items():
-        contenders[name] = Contender(lambda search=search: (search(query, k),))
+        contenders[name] = Contender(*search(query, k))
     take_turns(contenders, options.seconds)
     half = math.isqrt(num_experts)
     # Half-keys and queries read, the halves' scores written and read.
@@ -233,7 +240,7 @@ def lookups_at(
                     lambda *arguments, find=reference: sharding.constrain(find(*arguments, k, num_experts)[0])
                 )
                 references[reference] = np.asarray(ids(tables[same], query_BC[:checked]))
-            shares = share_found(np.asarray(contender.run()[0])[:checked], references[reference])
+            shares = share_found(contender.ids(contender.launch())[:checked], references[reference])
             row |= {"recall": shares[0], "queries_with_all": shares[1]}
         yield row
 

@@ -1,14 +1,17 @@
-"""Where the time of a tuning step goes, and what a step costs as experts are added.
+r"""Where the time of a tuning step goes, and what a step costs as experts are added.
 
     python -m experiments.step_time --workdir=runs/step_time
-    python -m experiments.step_time --workdir=runs/step_time_8b --config=experiments/configs/llama3_8b_one.py
+    python -m experiments.step_time --workdir=runs/step_time_8b --config=experiments/configs/llama3_8b_one.py \
+        --steps=memory_all,memory_answer
+    python -m experiments.step_time --workdir=runs/step_time_8b --config=experiments/configs/llama3_8b.py \
+        --config.memory.num_experts=262144 --config.execution.mesh.model=1 --random_weights \
         --steps=memory_all,memory_answer
 
 Memory tuning with memory at all positions and on answers alone, LoRA and full fine-tuning take steps in turn on the
 same phone book entries, and so does memory tuning with the config's number of experts; facts have the same experts
 with any number. GFLOP/s (counted by hand, `shared/flops.py`) stand beside those of a plain matrix product, and bytes
 (the compiler's count, which knows no caches) beside those of a plain copy, measured in the same run. A profile then
-says how long each named scope takes.
+says how long each named scope takes. With --random_weights nothing is loaded: a step takes as long as with real ones.
 
 Takes 35 seconds on 2 x86-64 cores (jax 0.10.2).
 """
@@ -17,16 +20,18 @@ import dataclasses
 import statistics
 from pathlib import Path
 
+import jax
 from absl import flags
 
 from experiments.shared import flops, plotting, profiles, study
-from experiments.shared.step_timing import FEW_EXPERTS, TURNS, TimedStep, take_turns, with_own_experts
+from experiments.shared.step_timing import FEW_EXPERTS, TURNS, TimedStep, one_length, take_turns, with_own_experts
 from lamini_jax import Fact, UserError
-from lamini_jax.backbone import frozen_model
+from lamini_jax.backbone import frozen_model, transformer
 from lamini_jax.backbone.frozen_model import FrozenModel
+from lamini_jax.backbone.tokenizer import ByteTokenizer
 from lamini_jax.config import Config, DataConfig
-from lamini_jax.data import batches, datasets
-from lamini_jax.runtime import processes
+from lamini_jax.data import datasets
+from lamini_jax.runtime import processes, sharding
 from lamini_jax.training import FullMethod, LoraMethod, TrainMethod
 
 STEPS = "memory_all", "memory_answer", "lora", "full"
@@ -36,11 +41,25 @@ MANY = "memory_answer_many"  # with the config's number of experts
 def define_flags() -> None:
     flags.DEFINE_list("steps", list(STEPS), "Which steps to take; large models have no room for all at once.")
     flags.DEFINE_integer("batch", 64, "Facts of a step.", lower_bound=1)
+    flags.DEFINE_bool("random_weights", False, "A backbone of the config's shape with random weights, and bytes.")
+
+
+def random_model(config: Config) -> FrozenModel:
+    """A backbone of this shape with random weights, each made where it is kept."""
+    decoder = transformer.Decoder(config.backbone, config.memory.num_layers, config.execution.remat)
+
+    @jax.jit
+    def init():
+        params = transformer.init(decoder, jax.random.key(config.seed))
+        axes = transformer.axes(config.backbone, params)
+        return jax.tree.map(lambda leaf, names: sharding.constrain(leaf, *names), params, axes)
+
+    return FrozenModel(init(), decoder, ByteTokenizer())
 
 
 def create(name: str, config: Config, model: FrozenModel, facts: list[Fact]) -> TrainMethod:
     """The method that takes the steps of this name."""
-    padding = batches.Padding(model.max_seq_len // 4)  # coarse enough for one length
+    padding = one_length(model, facts)
     if name in ("lora", "full"):
         return (LoraMethod if name == "lora" else FullMethod).create(config, model, facts, padding)
     experts = config.memory.num_experts if name == MANY else min(FEW_EXPERTS, config.memory.num_experts)
@@ -55,11 +74,13 @@ def described(name: str, config: Config, step: TimedStep, facts: int, seconds: f
     positions = "all" if name == "memory_all" else "answer"
     config = dataclasses.replace(config, memory=dataclasses.replace(config.memory, positions=positions))
     counted = facts * flops.per_fact(config, method, step.tokens, step.answer_tokens, remat=config.execution.remat)
+    moved = step.compiled.cost_analysis().get("bytes accessed", 0.0)
+    step.launch_singly()
     return {
         "milliseconds": 1e3 * seconds,
         "facts_per_second": facts / seconds,
         "gflops": counted / seconds / 1e9,
-        "gbs": step.compiled.cost_analysis().get("bytes accessed", 0.0) / seconds / 1e9,
+        "gbs": moved / seconds / 1e9,
         "scopes": profiles.milliseconds_by_scope(step.compiled, step.take),
     }
 
@@ -118,8 +139,9 @@ def main(arguments: study.Arguments) -> None:
     unknown = [name for name in asked.steps if name not in STEPS]
     if unknown or not asked.steps:
         raise UserError(f"--steps={','.join(asked.steps)}: must be some of {', '.join(STEPS)}")
-    model = frozen_model.load(config)
-    directory = study.open_study(arguments.workdir, config, model, batch=asked.batch, steps=sorted(asked.steps))
+    model = random_model(config) if asked.random_weights else frozen_model.load(config)
+    how = {"batch": asked.batch, "steps": sorted(asked.steps), "random_weights": asked.random_weights}
+    directory = study.open_study(arguments.workdir, config, model, **how)
     data = DataConfig("phone_book", asked.batch)
     facts = datasets.load(data, "true", config.seed, model.tokenizer, model.max_seq_len)
     names = [*asked.steps, *([MANY] if "memory_answer" in asked.steps else [])]
@@ -131,7 +153,7 @@ def main(arguments: study.Arguments) -> None:
         compared = take_turns(pair, bar)
     medians = {name: statistics.median(taken) for name, taken in seconds.items()}
     told = {name: described(name, config, steps[name], len(facts), medians[name]) for name in asked.steps}
-    product = profiles.product_rate()
+    product = profiles.product_rate(config.backbone.dtype)
     some = next(iter(steps.values()))
     results = {
         "facts": len(facts),

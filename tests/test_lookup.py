@@ -1,5 +1,6 @@
 """The lookups find exactly the best keys, the lowest id first where keys are equally good; one says that it may not."""
 
+import contextlib
 import functools
 import hashlib
 import inspect
@@ -40,6 +41,7 @@ def number_of(keys):
 exact, exact_reference = jit(exact_lookup.find), jit(exact_lookup.reference)
 product, product_reference = jit(product_lookup.find), jit(product_lookup.reference)
 approximate = jit(approximate_lookup.find)
+bins = jit(approximate_lookup._best_of_bins)  # what TPUs run
 
 # One block and many of them, full ones and not, fewer and more than K; numbers that nothing divides.
 SIZES = [(1, 1), (7, 7), (256, 256), (1009, 1), (1009, 1009), (2048, 8), (2304, 8), (4099, 5), (70_001, 32)]
@@ -137,7 +139,7 @@ def test_nan_is_refused(bad, k):
     """A query with one in it selects nobody, and leaves the others alone."""
     query_BC = normal(1, (3, 16))
     flat_NC, half_keys_2HC = normal(0, (4099, 16)), normal(2, (2, 20, 8))
-    finds = [(exact, flat_NC), (exact, flat_NC[:50]), (product, half_keys_2HC), (approximate, flat_NC)]
+    finds = [(exact, flat_NC), (exact, flat_NC[:50]), (product, half_keys_2HC), (approximate, flat_NC), (bins, flat_NC)]
     expected = [find(keys, query_BC, k) for find, keys in finds]
     query_BC[1, 3] = bad
     for (find, keys), (expected_ids_BK, expected_scores_BK) in zip(finds, expected, strict=True):
@@ -206,7 +208,7 @@ def test_product_keys_are_the_sums_of_their_halves():
 def test_approximate_finds_most(num_keys):
     keys_NC, query_BC = normal(0, (num_keys, 16)), normal(1, (32, 16))
     keys_NC[-1] = 10 * query_BC[0]  # in the last bin
-    ids_BK, expected_BK = approximate(keys_NC, query_BC, 8)[0], exact(keys_NC, query_BC, 8)[0]
+    ids_BK, expected_BK = bins(keys_NC, query_BC, 8)[0], exact(keys_NC, query_BC, 8)[0]
     found = [
         len(set(ids) & set(expected)) / 8 for ids, expected in zip(ids_BK.tolist(), expected_BK.tolist(), strict=True)
     ]
@@ -254,13 +256,35 @@ def test_lookup_on_other_devices(way, monkeypatch):
     np.testing.assert_array_equal(found_BK, expected_BK)
 
 
+def one_of(platform):
+    """A mesh of one H100: from 0.11 on, jax has to know for which GPU it lowers a kernel."""
+    device = jax.sharding.AbstractDevice
+    if platform != "cuda" or "platform" not in inspect.signature(device).parameters:
+        return contextlib.nullcontext()
+    h100 = device(device_kind="NVIDIA H100 80GB HBM3", num_cores=132, platform="gpu")
+    mesh = jax.sharding.AbstractMesh((1,), ("x",), axis_types=(jax.sharding.AxisType.Auto,), abstract_device=h100)
+    return jax.sharding.use_abstract_mesh(mesh)
+
+
 @pytest.mark.parametrize("platform", ["tpu", "cuda"])
 def test_kernel_is_what_accelerators_compile(platform):
     """Lowered for a device that is not here: no scores of size B x N among what it would run."""
     shapes = [jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in ((2**20, 256), (1024, 256))]
-    traced = jax.jit(exact_lookup.find, static_argnums=(2, 3)).trace(*shapes, 32, 2**20)
-    text = traced.lower(lowering_platforms=(platform,)).as_text()
+    with one_of(platform):
+        traced = jax.jit(exact_lookup.best_keys, static_argnums=(2, 3)).trace(*shapes, 32, 2**20)
+        text = traced.lower(lowering_platforms=(platform,)).as_text()
     assert "custom_call" in text and "1024x1048576" not in text and "1048576x1024" not in text
+
+
+@pytest.mark.parametrize("lookup", [exact_lookup, approximate_lookup])
+@pytest.mark.parametrize("dtype, key_dim", [("float32", 256), ("bfloat16", 256), ("bfloat16", 96)])
+def test_no_gpu_sorts_all_scores(lookup, dtype, key_dim):
+    """Lowered for one, whatever the keys' format and width."""
+    shapes = [jax.ShapeDtypeStruct(shape, dtype) for shape in ((2**20, key_dim), (64, key_dim))]
+    with one_of("cuda"):
+        traced = jax.jit(lookup.best_keys, static_argnums=(2, 3)).trace(*shapes, 32, 2**20)
+        text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    assert "top_k" in text and "64x1048576x" not in text and "1048576x64x" not in text
 
 
 @pytest.mark.parametrize("name", LOOKUPS.names())

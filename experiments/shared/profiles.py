@@ -11,6 +11,8 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
+from lamini_jax.backbone.linear_layers import contract
+
 SCOPES = "gather", "attention", "mlp", "logits", "optimizer"
 OTHER = "other"
 _TURNS = 5
@@ -28,11 +30,15 @@ def milliseconds_by_scope(compiled: jax.stages.Compiled, run: Callable[[], None]
                 run()
         totals: collections.Counter[str] = collections.Counter()
         for path in Path(directory).rglob("*.xplane.pb"):
-            for plane in jax.profiler.ProfileData.from_file(str(path)).planes:
+            planes = list(jax.profiler.ProfileData.from_file(str(path)).planes)
+            # On an accelerator, the host's times are those of launching the same operations.
+            for plane in [plane for plane in planes if plane.name.startswith("/device:")] or planes:
                 for line in plane.lines:
                     for name, nanoseconds in _own_times(line):
                         if name in scopes:
                             totals[scopes[name]] += nanoseconds
+                        elif plane.name.startswith("/device:"):
+                            totals[OTHER] += nanoseconds
     return {scope: totals[scope] / times / 1e6 for scope in _ordered(totals)}
 
 
@@ -73,13 +79,16 @@ def _ordered(totals) -> list[str]:
     return [name for name in order if name in totals]
 
 
-def product_rate(size: int = 2048) -> float:
-    """GFLOP/s of a plain product of square float32 matrices."""
-    return 2 * size**3 / _seconds(lambda x: jnp.matmul(x, x, precision="highest"), jnp.ones((size, size))) / 1e9
+def product_rate(dtype: str = "float32") -> float:
+    """GFLOP/s of a plain product of square matrices of this format, with float32 sums."""
+    size = 2048 if jax.default_backend() == "cpu" else 8192  # an accelerator takes longer for it than to launch it
+    x = jax.random.normal(jax.random.key(0), (size, size), dtype)  # with zeros some accelerators are faster
+    return 2 * size**3 / _seconds(lambda x: contract("IJ,JK->IK", x, x, dtype), x) / 1e9
 
 
-def copy_rate(size: int = 2**27) -> float:
+def copy_rate() -> float:
     """GB/s, read and written, of a copy too large for any cache."""
+    size = 2**27 if jax.default_backend() == "cpu" else 2**29
     return 8 * size / _seconds(lambda x: x + 1, jnp.zeros(size, jnp.int32)) / 1e9
 
 

@@ -34,6 +34,12 @@ class TimedStep:
     def compiled(self) -> jax.stages.Compiled:
         return self.lowered.compile()
 
+    def launch_singly(self) -> None:
+        """From now on a GPU launches each operation by itself: of those launched as a graph a profile has no names."""
+        if jax.default_backend() == "gpu":
+            options = {"xla_gpu_graph_min_graph_size": 2**30}
+            self.__dict__["compiled"] = self.lowered.compile(compiler_options=options)
+
     def take(self) -> float:
         """Takes one step and returns its seconds. The first one compiles."""
         started = time.perf_counter()
@@ -55,6 +61,11 @@ def take_turns(steps: Mapping[str, TimedStep], bar: tqdm.tqdm) -> dict[str, list
             seconds[name] += [taken] if turn else []
             bar.update()
     return seconds
+
+
+def one_length(model: FrozenModel, facts: Sequence[Fact]) -> batches.Padding:
+    """The padding with which all facts have the length of the longest."""
+    return batches.Padding(max(bucket.tokens_FT.shape[1] for bucket in batches.encode(facts, model.tokenizer)))
 
 
 def with_own_experts(

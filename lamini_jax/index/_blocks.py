@@ -27,7 +27,9 @@ def maxima(keys_NC, query_BC):
     unit, ways = SIZE, {"cpu": _maxima_on_cpu, "default": _maxima_by_matmul}
     if keys_NC.dtype == jnp.bfloat16:  # with float32, the products take longest, not writing the scores
         unit = _kernel.TILE_N
-        ways |= {"tpu": _kernel.block_maxima, "cuda": functools.partial(_kernel.block_maxima, gpu=True)}
+        ways |= {"tpu": _kernel.block_maxima}
+        if keys_NC.shape[1] in _kernel.GPU_WIDTHS:
+            ways |= {"cuda": functools.partial(_kernel.block_maxima, gpu=True)}
     whole = keys_NC.shape[0] // unit * unit
     parts = []
     if whole:

@@ -20,10 +20,11 @@ _WIDE, _FAN = 2048, 32
 
 def find(keys_NC, query_BC, k: int, num_keys: int):
     """expert_ids_BK and scores_BK. Fastest if a block's size divides N, because then no key has to be moved."""
-    return _flat.find(_best_keys, keys_NC, query_BC, k, num_keys)
+    return _flat.find(best_keys, keys_NC, query_BC, k, num_keys)
 
 
-def _best_keys(keys_NC, query_BC, k: int, count):
+def best_keys(keys_NC, query_BC, k: int, count):
+    """ids_BK and scores_BK among the first `count` keys of one device."""
     size = _blocks.SIZE
     if keys_NC.shape[0] <= size * k:
         best_BK, ids_BK = jax.lax.top_k(_scores.mask(_scores.scores(keys_NC, query_BC), count), k)

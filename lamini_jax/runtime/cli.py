@@ -88,6 +88,7 @@ def use_devices(mesh: config_lib.MeshConfig) -> None:
     from lamini_jax.runtime import processes, sharding
 
     processes.keep_freed_memory()
+    processes.compile_quickly_for_gpus()
     jax.config.update("jax_enable_x64", False)  # JAX_ENABLE_X64 would change every number
     user_cache.use(_CACHE.value)
     try:

@@ -6,6 +6,7 @@ With a single process nothing here has an effect, except SIGTERM and Ctrl-C, whi
 import contextlib
 import contextvars
 import ctypes
+import importlib.util
 import inspect
 import os
 import signal
@@ -141,6 +142,17 @@ def keep_freed_memory() -> None:
     if mallopt is not None:
         mallopt(_M_MMAP_MAX, 0)
         mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
+
+
+def compile_quickly_for_gpus() -> None:
+    """Makes XLA leave matrix products on GPUs to cuBLAS, unless XLA_FLAGS says otherwise; before any device is used.
+
+    By default it writes kernels for them in many ways and times each, at every new shape.
+    """
+    installed = any(importlib.util.find_spec(f"jax_cuda{version}_plugin") for version in (12, 13))
+    flag, given = "--xla_gpu_enable_triton_gemm", os.environ.get("XLA_FLAGS", "")
+    if installed and flag not in given:
+        os.environ["XLA_FLAGS"] = f"{given} {flag}=false".strip()
 
 
 def is_primary() -> bool:
