@@ -15,6 +15,7 @@ from helpers import ROOT
 from refusals import refuse
 
 import lamini_jax.__main__
+from lamini_jax.runtime import processes
 
 COMMAND = '''"""Prints a field or two."""
 
@@ -172,3 +173,15 @@ def test_console_script_refuses_what_commands_refuse(tmp_path):
         (["export", f"--output={tmp_path / 'out'}"], ["--workdir"]),
     )
     refuse("lamini_jax", cases)
+
+
+@pytest.mark.parametrize("installed", [False, True])
+@pytest.mark.parametrize("given", ["", "--xla_other=1", "--xla_gpu_enable_triton_gemm=true"])
+def test_products_on_gpus_are_left_to_cublas(given, installed, monkeypatch):
+    """Only where jax is installed for GPUs, and not against what the user says."""
+    monkeypatch.setenv("XLA_FLAGS", given)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object() if installed else None)
+    processes.compile_quickly_for_gpus()
+    added = "--xla_gpu_enable_triton_gemm=false"
+    wanted = [*given.split(), added] if installed and "triton" not in given else given.split()
+    assert os.environ["XLA_FLAGS"].split() == wanted

@@ -130,7 +130,7 @@ def of_activations(
     buckets = []
     for facts in examples:
         read = functools.partial(_read_fact, model, facts) if on_answers else functools.partial(_read_prefix, model)
-        shapes = jax.eval_shape(read, *_batch(facts, slice(None)))
+        shapes = jax.eval_shape(read, *_tables(facts))
         budget -= _bytes_per_device(shapes)
         if budget >= 0:
             buckets.append(_on_devices(facts, _read(read, facts, shapes), batch_size))
@@ -201,27 +201,30 @@ def _padded(facts: TokenizedFacts, table_F: np.ndarray) -> np.ndarray:
     return np.pad(table_F, [(0, facts.rows - len(table_F)), *[(0, 0)] * (table_F.ndim - 1)])
 
 
-def _batch(facts: TokenizedFacts, index_B) -> tuple[np.ndarray, np.ndarray]:
-    """What is read of some facts; empty ones fill up the last shards."""
-    tables = facts.tokens_FT, facts.start_F
-    return tuple(sharding.pad_rows(_padded(facts, table_F), "facts")[index_B] for table_F in tables)
+def _tables(facts: TokenizedFacts) -> tuple[np.ndarray, np.ndarray]:
+    """What is read of the facts; empty ones fill up the last shards."""
+    return tuple(sharding.pad_rows(_padded(facts, table_F), "facts") for table_F in (facts.tokens_FT, facts.start_F))
 
 
 def _read(read: Callable, facts: TokenizedFacts, shapes: Any):
     """What the frozen layers compute of the facts, for a chunk of every shard's facts at a time."""
     rows = sharding.round_up(facts.rows, "facts")
     names = input_axes(shapes)
+    tokens_FT, start_F = _tables(facts)
     table = jax.tree.map(lambda x, names: sharding.zeros((rows, *x.shape[1:]), x.dtype, names), shapes, names)
     for start, index_B in sharded_tables.row_chunks(rows, "facts"):
-        table = sharded_tables.write_rows(table, read(*_batch(facts, index_B)), np.int32(start), names)
+        part = read(tokens_FT[index_B], start_F[index_B])
+        table = sharded_tables.write_rows(table, part, np.int32(start), names)
     return table
 
 
 def _read_to_host(read: Callable, facts: TokenizedFacts, shapes: Any):
     """The same, in the host's memory."""
     rows = sharding.round_up(facts.rows, "facts")
+    tokens_FT, start_F = _tables(facts)
     table = jax.tree.map(lambda x: np.empty((rows, *x.shape[1:]), x.dtype), shapes)
     for _, index_B in sharded_tables.row_chunks(rows, "facts"):
-        for whole, part in zip(*map(jax.tree.leaves, (table, read(*_batch(facts, index_B)))), strict=True):
+        parts = read(tokens_FT[index_B], start_F[index_B])
+        for whole, part in zip(*map(jax.tree.leaves, (table, parts)), strict=True):
             whole[index_B] = part
     return jax.tree.map(lambda x: x[: len(facts.index_F)], table)
