@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 
 import checkpoints
 import gguf
@@ -18,8 +19,8 @@ from safetensors.numpy import load_file, save_file
 from lamini_jax import exports
 from lamini_jax.backbone import checkpoints as formats
 from lamini_jax.backbone import transformer
+from lamini_jax.backbone.checkpoints import _gguf_file, huggingface, load_whole
 from lamini_jax.backbone.checkpoints import gguf as gguf_format
-from lamini_jax.backbone.checkpoints import huggingface, load_whole
 from lamini_jax.config import BackboneConfig, Config
 
 SAME = ("llama1", "llama_renamed", "qwen2_renamed")  # presets that say what others do in other words
@@ -49,6 +50,20 @@ def assert_same_model(path, directory):
 def test_a_file_is_the_same_model(name, tmp_path):
     directory = checkpoints.make_preset(tmp_path / "checkpoint", name, tokenizer=False)
     assert_same_model(write(tmp_path / "model.gguf", directory), directory)
+
+
+def test_a_kept_fingerprint_is_that_of_the_content(tmp_path):
+    """Whatever its name and age: a file of which one bit has changed is another, and the first one is known again."""
+    directory = checkpoints.make_preset(tmp_path / "checkpoint", "llama31", tokenizer=False)
+    path = write(tmp_path / "model.gguf", directory)
+    first, about, content = fingerprint_of(path), path.stat(), path.read_bytes()
+    changed = bytearray(content)
+    changed[_gguf_file.read(path).tensors["token_embd.weight"].offset] ^= 1
+    path.write_bytes(changed)
+    os.utime(path, ns=(about.st_atime_ns, about.st_mtime_ns))
+    assert fingerprint_of(path) != first
+    path.rename(tmp_path / "other.gguf").write_bytes(content)
+    assert fingerprint_of(tmp_path / "other.gguf") == first
 
 
 @pytest.mark.parametrize("storage, dtype", [(Type.F16, "float16"), (Type.BF16, "bfloat16")])

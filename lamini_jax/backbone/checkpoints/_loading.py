@@ -1,5 +1,6 @@
 """Assembles parameters on the devices tensor by tensor, whatever the format that they are read from."""
 
+import functools
 import gc
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -20,8 +21,9 @@ ReadPart = Callable[[Index], np.ndarray]  # a part of one tensor
 OpenTensor = Callable[[str, int | None, tuple[int, ...]], ReadPart]
 
 
+@functools.lru_cache(maxsize=4)
 def split_shapes(decoder: transformer.Decoder) -> Any:
-    """The shapes of a backbone's parameters, split as `decoder` is."""
+    """The shapes of a backbone's parameters, split as `decoder` is; loading asks several times for what takes long."""
     return jax.eval_shape(lambda: transformer.init(decoder, jax.random.key(0)))
 
 

@@ -5,6 +5,7 @@ read.
 """
 
 import dataclasses
+import hashlib
 import json
 import os
 from pathlib import Path
@@ -26,10 +27,12 @@ from lamini_jax.backbone.checkpoints import (
     _safetensors,
 )
 from lamini_jax.backbone.checkpoints._gguf_file import File, Tensor
+from lamini_jax.backbone.json_file import one_line
 from lamini_jax.backbone.tokenizer import CheckpointTokenizer
 from lamini_jax.backbone.transformer import Params
 from lamini_jax.config import BackboneConfig
 from lamini_jax.errors import UserError
+from lamini_jax.runtime import user_cache
 
 _SHARD_BYTES = 4 * 2**30  # of a file that `export` writes: the host holds one
 
@@ -74,8 +77,16 @@ def load_tokenizer(config: BackboneConfig) -> CheckpointTokenizer:
 
 
 def fingerprint(path: str) -> str:
-    """A short name for the weights as numbers: the same as that of the same numbers in Hugging Face format."""
-    return _fingerprint.fingerprint(_tensors(resolve(BackboneConfig(path=path, max_seq_len=1))))
+    """A short name for the weights as numbers: the same as that of the same numbers in Hugging Face format.
+
+    It is kept for a file of this content, because making numbers of it takes ten times as long as reading it.
+    """
+    config = resolve(BackboneConfig(path=path, max_seq_len=1))
+
+    def make() -> np.ndarray:
+        return np.array(_fingerprint.fingerprint(_tensors(config)))
+
+    return str(user_cache.array(f"fingerprints/{_digest(config.path)}", make))
 
 
 def export(config: BackboneConfig, directory: Path) -> None:
@@ -106,6 +117,14 @@ def _shards(tensors: dict[str, Tensor]) -> list[list[str]]:
         shards[-1].append(name)
         size += numbers
     return shards
+
+
+def _digest(path: str) -> str:
+    try:
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror or one_line(error)})") from None
 
 
 def _open(path: str) -> File:
