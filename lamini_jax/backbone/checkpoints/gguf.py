@@ -79,7 +79,7 @@ def load_tokenizer(config: BackboneConfig) -> CheckpointTokenizer:
 def fingerprint(path: str) -> str:
     """A short name for the weights as numbers: the same as that of the same numbers in Hugging Face format.
 
-    It is kept for a file of this content, because making numbers of it takes ten times as long as reading it.
+    It is kept for a file of this content, because making numbers of it takes seven times as long as reading it.
     """
     config = resolve(BackboneConfig(path=path, max_seq_len=1))
 
