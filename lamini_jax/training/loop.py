@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
+import jax
 import numpy as np
 
 from lamini_jax.config import certified_loss
@@ -145,9 +146,10 @@ def _steps(method: TrainMethod, state: Any, progress: Progress) -> Iterator[Any]
 
 
 def _record(method: TrainMethod, progress: Progress, pending: list[tuple[int, np.ndarray, Losses]]) -> None:
-    for number, index_B, losses in pending:
+    # All at once: one by one, each would be waited for.
+    for (number, index_B, _), losses in zip(pending, jax.device_get([losses for *_, losses in pending]), strict=True):
         valid_B = index_B >= 0
         index = method.data.examples[number].index_F[index_B[valid_B]]
-        progress.total_F[index] = np.asarray(losses.total_B)[valid_B]
-        progress.worst_F[index] = np.asarray(losses.worst_B)[valid_B]
-        progress.likeliest_F[index] = np.asarray(losses.likeliest_B)[valid_B]
+        progress.total_F[index] = losses.total_B[valid_B]
+        progress.worst_F[index] = losses.worst_B[valid_B]
+        progress.likeliest_F[index] = losses.likeliest_B[valid_B]
