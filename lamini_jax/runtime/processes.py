@@ -147,7 +147,9 @@ def keep_freed_memory() -> None:
 def compile_quickly_for_gpus() -> None:
     """Makes XLA leave matrix products on GPUs to cuBLAS, unless XLA_FLAGS says otherwise; before any device is used.
 
-    By default it writes kernels for them in many ways and times each, at every new shape.
+    By default it writes kernels for them in many ways and times each, at every new shape. On an H100 (jax 0.11.2) a
+    step beside the tiny backbone then compiles in 15 s and takes 0.69 ms; with this in 1.4 s and 0.67 ms. In the shape
+    of SmolLM2 it is not compiled after 70 s; with this after 2.4 s. In that of Llama 3 8B it takes 1% longer.
     """
     installed = any(importlib.util.find_spec(f"jax_cuda{version}_plugin") for version in (12, 13))
     flag, given = "--xla_gpu_enable_triton_gemm", os.environ.get("XLA_FLAGS", "")
