@@ -1,6 +1,7 @@
 """How long a training step takes: several methods in turn, so that a machine that is busy for a while slows all."""
 
 import functools
+import itertools
 import time
 from collections.abc import Mapping, Sequence
 
@@ -64,8 +65,9 @@ def take_turns(steps: Mapping[str, TimedStep], bar: tqdm.tqdm) -> dict[str, list
 
 
 def one_length(model: FrozenModel, facts: Sequence[Fact]) -> batches.Padding:
-    """The padding with which all facts have the length of the longest."""
-    return batches.Padding(max(bucket.tokens_FT.shape[1] for bucket in batches.encode(facts, model.tokenizer)))
+    """The least padding with which all facts have one length."""
+    paddings = (batches.Padding(tokens) for tokens in itertools.count(8, 8))
+    return next(padding for padding in paddings if len(batches.encode(facts, model.tokenizer, padding)) == 1)
 
 
 def with_own_experts(
