@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lamini_jax.backbone.frozen_model import FrozenModel
+from lamini_jax.config import MemoryConfig
 from lamini_jax.serving import programs
 from lamini_jax.serving.programs import Settings, Slots
 from lamini_jax.serving.texts import Writer
@@ -89,14 +90,14 @@ class _Answer:
 class Engine:
     """Answers of one backbone: at most `slots` at a time, while at most `queue` requests wait.
 
-    Adapters are of the linear layer `target`, with at most `rank` experts.
+    Adapters are those of a `memory`, with at most `rank` experts.
     """
 
-    def __init__(self, model: FrozenModel, slots: int, queue: int, target: str, rank: int):
+    def __init__(self, model: FrozenModel, slots: int, queue: int, memory: MemoryConfig, rank: int):
         self.model, self.slots, self.rank, self._queue_limit = model, slots, rank, queue
         self._plain = model.replace(beginning=None)
         self._shared = model.tokenizer.frame.beginning if model.beginning is not None else ()
-        self._empty = lambda: programs.empty(self._plain, slots, target, rank)
+        self._empty = lambda: programs.empty(self._plain, slots, memory, rank)
         self._state: Slots = self._empty()
         self._no_adapter = jax.tree.map(lambda x_MSKX: jnp.zeros_like(x_MSKX[:, :1]), self._state.adapter)
         self._equipped = [False] * slots

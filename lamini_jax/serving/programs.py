@@ -15,6 +15,7 @@ from lamini_jax.backbone import frozen_model, linear_layers, transformer
 from lamini_jax.backbone.frozen_model import FrozenModel
 from lamini_jax.backbone.linear_layers import Adapter, LowRank
 from lamini_jax.backbone.transformer import Known, Room
+from lamini_jax.config import MemoryConfig
 from lamini_jax.data import batches
 from lamini_jax.runtime import sharding
 from lamini_jax.serving.work import MOST_LIKELIEST
@@ -80,17 +81,17 @@ def at_least(steps: list[int], wanted: int) -> int:
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2, 3))
-def empty(model: FrozenModel, slots: int, target: str, rank: int) -> Slots:
-    """Slots that hold nothing."""
+def empty(model: FrozenModel, slots: int, memory: MemoryConfig, rank: int) -> Slots:
+    """Slots that hold nothing, with room for adapters of this memory with at most `rank` experts."""
     config, memory_layers = model.decoder.config, model.decoder.memory_layers
 
     def room(layers):
         shape = layers, slots, config.num_kv_heads, config.max_seq_len, config.head_dim
         return {name: _room(jnp.zeros(shape, config.dtype)) for name in ("keys", "values")}
 
-    down, up = linear_layers.linear_shapes(config)[target]
-    parts = (jnp.zeros((memory_layers, slots, rank, width), config.dtype) for width in (down, up))
-    return Slots((room(config.num_layers - memory_layers), room(memory_layers)), {target: LowRank(*parts)})
+    down, up = linear_layers.linear_shapes(config)[memory.target]
+    parts = (jnp.zeros((memory_layers, slots, rank, width), memory.dtype) for width in (down, up))
+    return Slots((room(config.num_layers - memory_layers), room(memory_layers)), {memory.target: LowRank(*parts)})
 
 
 @functools.partial(jax.jit, donate_argnums=1)
@@ -118,9 +119,7 @@ def read(model: FrozenModel, slots: Slots, slot, prompt_1T, adapter: Adapter | N
 def equip(slots: Slots, slot, adapter: Adapter) -> Slots:
     """Gives a slot an adapter, that of one prompt."""
     put = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=slot, axis=1)
-    return slots._replace(
-        adapter=jax.tree.map(lambda all, one: put(all, one.astype(all.dtype)), slots.adapter, adapter)
-    )
+    return slots._replace(adapter=jax.tree.map(put, slots.adapter, adapter))
 
 
 @functools.partial(jax.jit, donate_argnums=0)

@@ -43,7 +43,7 @@ def state_of(memory: FactMemory, settings: Settings, slots: int) -> State:
     config = memory.config.memory
     most = [config.top_k * allocation.MORE ** (allocation.ROUNDS - 1)]
     most += (len(fact.experts) for fact in memory.table.contents.facts)
-    engine = Engine(memory.model, slots, _WAITING_PER_SLOT * slots, config.target, max(most))
+    engine = Engine(memory.model, slots, _WAITING_PER_SLOT * slots, config, max(most))
     state = State(memory, engine, settings)
     state.tuner = Tuner(memory, lambda table: answers.publish(state, table))
     return state
