@@ -13,7 +13,7 @@ with any number. GFLOP/s (counted by hand, `shared/flops.py`) stand beside those
 (the compiler's count, which knows no caches) beside those of a plain copy, measured in the same run. A profile then
 says how long each named scope takes. With --random_weights nothing is loaded: a step takes as long as with real ones.
 
-Takes 35 seconds on 2 x86-64 cores (jax 0.10.2).
+Takes 40 seconds on 2 x86-64 cores (jax 0.10.2).
 """
 
 import dataclasses
