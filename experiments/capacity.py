@@ -14,24 +14,24 @@ it; `coded` is the number of bits that the model saves in coding the digits, tho
 how the capacities of 2 (arXiv 2404.05405) and 3.6 bits per parameter (arXiv 2505.24832) were measured. The results of
 finished cells are kept, so that more --counts may be added to a finished study.
 
-Takes 3 minutes on 2 x86-64 cores (jax 0.10.2), of which 5,000 facts take 54 s; 100,000 facts alone take 15 minutes,
+Takes 2.3 minutes on 2 x86-64 cores (jax 0.10.2), of which 5,000 facts take 52 s; 100,000 facts alone take 15 minutes,
 15.7 GB, and 21 GB of disk while a checkpoint is written. Expect:
 
     facts   memory                     load   recall   epochs   facts/s   bits per parameter   coded
-    100     down_proj, 32 of 4,096     0.78   100%         17      32.1               0.0028
-    100     down_proj, 32 of 256       12.5   100%         28      32.8               0.0139
-    100     down_proj, 32 of 64          50   100%         98      22.1               0.0507
-    400     down_proj, 32 of 64         200    81%        100      31.9               0.1632    0.19
-    100     o_proj, 32 of 256          12.5   100%         45      30.6               0.0277
-    100     o_proj, 32 of 64             50    99%        100      20.2               0.1004
-    100     down_proj, 2 of 256        0.78   100%         75      27.8               0.0484
-    100     down_proj, 2 of 64          3.1    85%        100      20.6               0.0788
-    100     down_proj, 2 of 16         12.5    50%        100      10.2               0.1081    0.18
-    100     down_proj, 2 of 4            50     4%        100       0.7               0.0324    0.47
-    100     LoRA of rank 27                   100%         64       9.3               0.0126
-    100     LoRA of rank 2                     97%        100       6.0               0.1656
-    1,000   down_proj, 32 of 2^20     0.031   100%         24     137.4               0.0012
-    5,000   down_proj, 32 of 2^20      0.15   100%         23     197.6               0.0013
+    100     down_proj, 32 of 4,096     0.78   100%         17     113.4               0.0028
+    100     down_proj, 32 of 256       12.5   100%         28     110.9               0.0139
+    100     down_proj, 32 of 64          50   100%         98      45.8               0.0507
+    400     down_proj, 32 of 64         200    81%        100      50.7               0.1632    0.19
+    100     o_proj, 32 of 256          12.5   100%         45      74.3               0.0277
+    100     o_proj, 32 of 64             50    99%        100      41.7               0.1004
+    100     down_proj, 2 of 256        0.78   100%         75      49.0               0.0484
+    100     down_proj, 2 of 64          3.1    85%        100      34.9               0.0788
+    100     down_proj, 2 of 16         12.5    50%        100      15.6               0.1081    0.18
+    100     down_proj, 2 of 4            50     4%        100       1.1               0.0324    0.47
+    100     LoRA of rank 27                   100%         47       9.6               0.0126
+    100     LoRA of rank 2                     96%        100       5.2               0.1639
+    1,000   down_proj, 32 of 2^20     0.031   100%         24     180.0               0.0012
+    5,000   down_proj, 32 of 2^20      0.15   100%         23     208.9               0.0013
     100,000 down_proj, 32 of 2^20       3.1   100%         37     215.8               0.0036
 """
 

@@ -9,9 +9,9 @@ one fact in one step: full fine-tuning, LoRA and memory experts take steps in tu
 the FLOPs counted by hand (`shared/flops.py`) and by the compiler, and the same count for Llama 3 8B. The compiler
 counts the layers of a scan once, so it is compared with the count for one layer of the prefix.
 
-Takes 20 seconds on 2 x86-64 cores (jax 0.10.2). Expect two of the paper's six numbers to be reproduced (power bill,
-carbon), two in part (days, megawatts) and two not (FLOPs, 1B facts); per fact and step 3.0 ms for full fine-tuning,
-1.5 for LoRA and 0.3 for memory experts, 1.03 times as long with 2^20 experts as with 2^14.
+Takes 15 seconds on 2 x86-64 cores (jax 0.10.2). Expect two of the paper's six numbers to be reproduced (power bill,
+carbon), two in part (days, megawatts) and two not (FLOPs, 1B facts); per fact and step 1.5 ms for full fine-tuning,
+1.8 for LoRA and 0.5 for memory experts, 1.02 times as long with 2^20 experts as with 2^14.
 """
 
 import dataclasses

@@ -9,8 +9,8 @@ run was tuned on: `heldout`, of kinds that no fact belongs to, and `neighbour`, 
 language model TruthfulQA and MMLU, by likelihood. `unchanged` are answers equal to the backbone's, word for word. A
 killed study continues where it was stopped.
 
-Takes 4 minutes on 2 x86-64 cores (jax 0.10.2). Expect every run to recall all 128 facts (random answers:
-LoRA at epoch 40, `o_proj` at 40, `down_proj` at 28, 25 if it acts on answers alone), held-out accuracy of 90.9% after
+Takes 2.5 minutes on 2 x86-64 cores (jax 0.10.2). Expect every run to recall all 128 facts (random answers:
+LoRA at epoch 41, `o_proj` at 40, `down_proj` at 28, 25 if it acts on answers alone), held-out accuracy of 90.9% after
 every memory run, as before, and of 0% after LoRA has memorized the random answers.
 """
 

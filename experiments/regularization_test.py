@@ -12,9 +12,9 @@ the place of the world's questions, and are fewer (`shared/sizes.py`). Answers c
 twenty changes from right to wrong or back (for MC2, if its mean changes by at most 0.05). The study that --study names
 must have the same config.
 
-Takes 1.5 minutes on 2 x86-64 cores (jax 0.10.2) with a finished study, without the benchmarks. Of 420 held-out
-questions the backbone answers 90.0%; expect 90.0% after each of the four memory runs, 87.9% after LoRA on true answers
-(20 lost, 11 won, p = 0.15) and 0.2% after LoRA on random ones.
+Takes half a minute on 2 x86-64 cores (jax 0.10.2) with a finished study, without the benchmarks. Of 420 held-out
+questions the backbone answers 90.0%; expect 90.0% after each of the four memory runs, 87.6% after LoRA on true answers
+(19 lost, 9 won, p = 0.09) and 0.2% after LoRA on random ones.
 """
 
 from pathlib import Path

@@ -11,9 +11,9 @@ made, so that a changed rule needs no new run. --update writes them into other f
 `<!-- verdicts -->` and `<!-- /verdicts -->`. --config and its fields are passed to every experiment. A SIGTERM ends it
 with status 75, and also the experiment that is running; started again, it continues from what that had saved.
 
-Takes 18 minutes on 2 x86-64 cores (jax 0.10.2). Expect 35 verdicts: 18 reproduced, 11 in part, 6 not (one each of
+Takes 16 minutes on 2 x86-64 cores (jax 0.10.2). Expect 35 verdicts: 18 reproduced, 11 in part, 6 not (one each of
 `regularization_test`, `selective_loss`, `capacity` and `retrieval_comparison`, two of `compute_requirements`), and
-13,882 times a certified fact, always recalled.
+13,891 times a certified fact, always recalled.
 """
 
 import base64

@@ -20,7 +20,7 @@ stored fact's scope; with `+ refusal`, its threshold too is that of the calibrat
 from text to text; bytes are those of the index and the answers, of LoRA's adapters, of the experts that facts have
 selected, or of the memory's files. A killed run continues with the system that it was measuring.
 
-Takes 2.3 minutes on 2 x86-64 cores (jax 0.10.2). Expect all systems without `+` to answer all 1,000 verbatim questions
+Takes 2 minutes on 2 x86-64 cores (jax 0.10.2). Expect all systems without `+` to answer all 1,000 verbatim questions
 exactly. Wrong answers to typos, rephrased and unknown: LoRA 51%, 99.5% and 100%, memory experts 98%, 100% and 100%,
 with known experts none of 3,000; TF-IDF of letters 0, 0 and 2 questions. A threshold on the share of known experts from
 the calibration (0.70) would have let 3 wrong answers through.

@@ -9,8 +9,8 @@ shipped backbone; `overfit`, a copy of it with all of its weights tuned on the k
 `memory_tuned`, the backbone with memory experts for the key facts. `--config.data.facts` is not used. A killed run
 continues with the model that it was measuring.
 
-Takes 1.2 minutes on 2 x86-64 cores (jax 0.10.2). Expect, in nats per token of the four sets: underfit 3.45, 3.44,
-1.95, 2.23; general 3.11, 3.10, 0.039, 0.034; overfit 0.009, 6.57, 0.25, 0.21; memory-tuned 0.0002, 3.38, 0.039, 0.034.
+Takes 0.8 minutes on 2 x86-64 cores (jax 0.10.2). Expect, in nats per token of the four sets: underfit 3.45, 3.44,
+1.95, 2.23; general 3.11, 3.10, 0.039, 0.034; overfit 0.009, 6.55, 0.25, 0.23; memory-tuned 0.0002, 3.38, 0.039, 0.034.
 """
 
 import contextlib
