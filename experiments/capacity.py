@@ -14,8 +14,8 @@ it; `coded` is the number of bits that the model saves in coding the digits, tho
 how the capacities of 2 (arXiv 2404.05405) and 3.6 bits per parameter (arXiv 2505.24832) were measured. The results of
 finished cells are kept, so that more --counts may be added to a finished study.
 
-Takes 2.3 minutes on 2 x86-64 cores (jax 0.10.2), of which 5,000 facts take 52 s; 100,000 facts alone take 15 minutes,
-15.7 GB, and 21 GB of disk while a checkpoint is written. Expect:
+Takes 2.3 minutes on 2 x86-64 cores (jax 0.10.2), of which 5,000 facts take 52 s; 100,000 facts alone take 14 minutes,
+15.8 GB, and 21 GB of disk while a checkpoint is written. Expect:
 
     facts   memory                     load   recall   epochs   facts/s   bits per parameter   coded
     100     down_proj, 32 of 4,096     0.78   100%         17     113.4               0.0028
@@ -32,7 +32,7 @@ Takes 2.3 minutes on 2 x86-64 cores (jax 0.10.2), of which 5,000 facts take 52 s
     100     LoRA of rank 2                     96%        100       5.2               0.1639
     1,000   down_proj, 32 of 2^20     0.031   100%         24     180.0               0.0012
     5,000   down_proj, 32 of 2^20      0.15   100%         23     208.9               0.0013
-    100,000 down_proj, 32 of 2^20       3.1   100%         37     215.8               0.0036
+    100,000 down_proj, 32 of 2^20       3.1   100%         37     233.4               0.0036
 """
 
 import dataclasses

@@ -47,6 +47,16 @@ def test_the_study(tmp_path):
     assert (tmp_path / "figures.png").stat().st_size > 1000
 
 
+def test_any_shape_with_random_weights(tmp_path):
+    """A shape of which there are no weights, which is refused without the flag."""
+    flags = "--batch=4", "--steps=memory_answer", "--config.backbone.mlp_dim=96"
+    result = helpers.call("experiments.step_time", f"--workdir={tmp_path / 'run'}", *flags)
+    assert result.returncode == 2 and "--config.backbone.mlp_dim=96" in result.stderr
+    result = helpers.call("experiments.step_time", f"--workdir={tmp_path / 'run'}", *flags, "--random_weights")
+    assert result.returncode == 0, result.stderr
+    assert "memory_answer" in result.stdout
+
+
 def test_steps_that_do_not_exist(tmp_path):
     result = helpers.call("experiments.step_time", f"--workdir={tmp_path / 'run'}", "--steps=memory")
     assert result.returncode == 2 and result.stderr.count("\n") == 1 and "--steps=memory: must be" in result.stderr
