@@ -13,7 +13,7 @@ from jax.experimental.pallas import triton
 # Keys and queries of one tile, for a TPU's on-chip memory and for a GPU's, which is smaller.
 TILE_N, _TILE_B = 1024, 128
 _GPU_TILE_N, _GPU_TILES_B = 128, (16, 64, 128)
-GPU_WIDTHS = 16, 32, 64, 128, 256  # of keys; Triton has no others, and of wider ones no tile fits
+GPU_WIDTHS = 16, 32, 64, 128, 256  # of keys; Triton has powers of two alone, and wider ones were not tried
 
 
 def block_maxima(keys_LJC, query_BC, gpu: bool = False, interpret: bool = False):
